@@ -1,0 +1,2 @@
+//! The `marlin` command line.
+fn main() {}
