@@ -1,0 +1,137 @@
+//! Errors of the format layer.
+
+use crate::Format;
+
+/// What can be wrong with a weight, a stored scale or a packed matrix.
+///
+/// `n` is an output feature, `k` an input feature, `g` a group index along K.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum FormatError {
+    /// A format name that is neither a format nor an alias.
+    #[error(
+        "unknown weight format `{name}`; valid formats: {}",
+        Format::name_list()
+    )]
+    UnknownFormat {
+        /// The name that was given.
+        name: String,
+    },
+    /// A group size that the format cannot store.
+    #[error("group_size {group_size} is not valid for {format}: {rule}")]
+    GroupSize {
+        /// The format.
+        format: Format,
+        /// The refused group size.
+        group_size: usize,
+        /// What the format requires.
+        rule: String,
+    },
+    /// A NaN or infinity among the weights of one group.
+    #[error("weight {index} of the group is {value}; weights must be finite")]
+    NonFinite {
+        /// Position inside the group.
+        index: usize,
+        /// The offending value.
+        value: f32,
+    },
+    /// A NaN or infinity in a weight matrix.
+    #[error("weight[{n}, {k}] is {value}; weights must be finite")]
+    NonFiniteWeight {
+        /// Output feature.
+        n: usize,
+        /// Input feature.
+        k: usize,
+        /// The offending value.
+        value: f32,
+    },
+    /// A group whose scale is above the largest finite f16.
+    #[error("the group needs scale {ideal}, above the largest f16 scale 65504")]
+    ScaleOverflow {
+        /// The scale before rounding.
+        ideal: f32,
+    },
+    /// A stored scale that no valid file holds.
+    #[error("stored scale bits {bits:#06x} are not a valid {kind} scale")]
+    InvalidScale {
+        /// The stored bits.
+        bits: u16,
+        /// Name of the scale type.
+        kind: &'static str,
+    },
+    /// A stored zero point that is NaN or infinite.
+    #[error("stored zero point bits {bits:#06x} are not a finite f16")]
+    InvalidZero {
+        /// The stored f16 bits.
+        bits: u16,
+    },
+    /// NVFP4 without its tensor scale.
+    #[error("{format} needs a tensor scale and none was given")]
+    MissingTensorScale {
+        /// The format.
+        format: Format,
+    },
+    /// A tensor scale on a format that has none.
+    #[error("{format} has no tensor scale, but {value} was given")]
+    UnexpectedTensorScale {
+        /// The format.
+        format: Format,
+        /// The value that was given.
+        value: f32,
+    },
+    /// A tensor scale that is not a finite positive number.
+    #[error("tensor scale {value} is not finite and positive")]
+    InvalidTensorScale {
+        /// The value that was given.
+        value: f32,
+    },
+    /// An error in one group of a matrix.
+    #[error("group [n={n}, g={g}]: {source}")]
+    InGroup {
+        /// Output feature.
+        n: usize,
+        /// Group along K.
+        g: usize,
+        /// What is wrong there.
+        source: Box<FormatError>,
+    },
+    /// A code that does not fit the format's code width.
+    #[error("code {code} at [n={n}, k={k}] does not fit {bits} bits")]
+    CodeOutOfRange {
+        /// Output feature.
+        n: usize,
+        /// Input feature.
+        k: usize,
+        /// The code.
+        code: u8,
+        /// Bits of one code.
+        bits: u32,
+    },
+    /// A buffer whose length contradicts the shape.
+    #[error("{what} holds {found} elements, expected {expected}")]
+    Length {
+        /// Which buffer.
+        what: &'static str,
+        /// Elements required by the shape.
+        expected: usize,
+        /// Elements found.
+        found: usize,
+    },
+    /// A matrix with no elements, or with more than the address space holds.
+    #[error("invalid weight shape [out_features={out_features}, in_features={in_features}]")]
+    Shape {
+        /// N.
+        out_features: usize,
+        /// K.
+        in_features: usize,
+    },
+    /// A row or group index outside the matrix.
+    #[error("{what} {index} is out of range, the matrix has {count}")]
+    Index {
+        /// Which axis.
+        what: &'static str,
+        /// The index.
+        index: usize,
+        /// Number of valid indices.
+        count: usize,
+    },
+}

@@ -1,0 +1,363 @@
+//! Attention over contiguous caches, and multi-head latent attention (operations.md sections 3 and 4:
+//! attention_fused, attention_decode, kv_cache_write, mla_attention_prefill, mla_attention_decode).
+//!
+//! Query i of a sequence has the absolute position `p = i + kv_len - Sq` (bottom-right alignment), so chunked prefill
+//! and decode are the same operation.
+
+use crate::{Device, Linear, OpError, Result, Tensor, check};
+
+/// Which keys around the query's position are visible, besides causality.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Window {
+    /// All keys.
+    None,
+    /// `p - w < j <= p`.
+    Left(usize),
+    /// `p - left <= j <= p + right`.
+    Symmetric {
+        /// Keys before the query.
+        left: usize,
+        /// Keys after the query.
+        right: usize,
+    },
+}
+
+/// What a query without any visible key gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EmptyRow {
+    /// An error.
+    Error,
+    /// A row of zeros (padded batches).
+    Zero,
+}
+
+/// `s_ij = scale (q_i . k_j)`; `s = softcap tanh(s / softcap)`; `s += mask`; softmax over visible j, the sink joining
+/// the denominator; `out = sum_j p_ij v_j`. Hq is a multiple of Hkv; query head h reads kv head `h / (Hq/Hkv)`.
+pub struct AttentionArgs<'a, D: Device> {
+    /// `[B, Sq, Hq, D]`.
+    pub q: &'a Tensor<D>,
+    /// `[B, Hkv, capacity, D]`, F32, F16 or BF16.
+    pub k: &'a Tensor<D>,
+    /// `[B, Hkv, capacity, Dv]`, dtype of `k`.
+    pub v: &'a Tensor<D>,
+    /// Valid keys of each sequence, `[B]`.
+    pub kv_len: &'a [usize],
+    /// Usually `D^-1/2`.
+    pub scale: f32,
+    /// Hide keys after the query's position.
+    pub causal: bool,
+    /// Hide keys outside a window.
+    pub window: Window,
+    /// Above 0 when present.
+    pub softcap: Option<f32>,
+    /// Additive, `[B or 1, Hq or 1, Sq, Sk]` F32 with Sk = the largest `kv_len`; -inf hides a key.
+    pub mask: Option<&'a Tensor<D>>,
+    /// `[Hq]` logits that take probability and add no value (GPT-OSS).
+    pub sinks: Option<&'a Tensor<D>>,
+    /// Queries without a visible key.
+    pub empty_row: EmptyRow,
+    /// `[B, Sq, Hq, Dv]`.
+    pub out: &'a mut Tensor<D>,
+}
+
+/// Appends K and V rows of one sequence to a cache at `start`; each value is rounded once to the cache dtype.
+pub struct KvWriteArgs<'a, D: Device> {
+    /// `[T, Hkv, D]`, after RoPE.
+    pub k: &'a Tensor<D>,
+    /// `[T, Hkv, Dv]`.
+    pub v: &'a Tensor<D>,
+    /// `[B, Hkv, capacity, D]`.
+    pub k_cache: &'a mut Tensor<D>,
+    /// `[B, Hkv, capacity, Dv]`.
+    pub v_cache: &'a mut Tensor<D>,
+    /// Which sequence.
+    pub sequence: usize,
+    /// Cache row of token 0.
+    pub start: usize,
+}
+
+/// Multi-head latent attention over a cache of rows `[c (r) | k_pe (R)]`. Head h of `kv_b` has `n` key rows then `v`
+/// value rows: `k_h = [kv_b_key c | k_pe]`, `v_h = kv_b_value c`. Always causal. No bias in `kv_b`.
+pub struct MlaAttentionArgs<'a, D: Device> {
+    /// `[B, Sq, H, n + R]`, rotated.
+    pub q: &'a Tensor<D>,
+    /// `[B, capacity, r + R]`.
+    pub cache: &'a Tensor<D>,
+    /// Valid rows of each sequence, `[B]`.
+    pub kv_len: &'a [usize],
+    /// `[H (n + v), r]`.
+    pub kv_b: &'a Linear<D>,
+    /// n, `qk_nope_head_dim`.
+    pub nope_head_dim: usize,
+    /// R, `qk_rope_head_dim`.
+    pub rope_head_dim: usize,
+    /// `(n + R)^-1/2`, times mscale^2 under YaRN with `mscale_all_dim`.
+    pub scale: f32,
+    /// `[B, Sq, H, v]`.
+    pub out: &'a mut Tensor<D>,
+}
+
+/// Dimensions of a checked [`MlaAttentionArgs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MlaDims {
+    /// Sequences.
+    pub batch: usize,
+    /// Queries per sequence.
+    pub queries: usize,
+    /// Heads.
+    pub heads: usize,
+    /// n.
+    pub nope: usize,
+    /// R.
+    pub rope: usize,
+    /// v.
+    pub value: usize,
+    /// r.
+    pub rank: usize,
+    /// Cache rows per sequence.
+    pub capacity: usize,
+}
+
+impl<D: Device> MlaAttentionArgs<'_, D> {
+    /// The dimensions; meaningful after the checks of [`AttentionOps`].
+    pub fn dims(&self) -> MlaDims {
+        let (q, out, cache) = (self.q.dims(), self.out.dims(), self.cache.dims());
+        MlaDims {
+            batch: q[0],
+            queries: q[1],
+            heads: q[2],
+            nope: self.nope_head_dim,
+            rope: self.rope_head_dim,
+            value: out[3],
+            rank: self.kv_b.in_features(),
+            capacity: cache[1],
+        }
+    }
+
+    fn check(&self, operation: &'static str) -> Result<()> {
+        let &[batch, queries, heads, head_dim] = self.q.dims() else {
+            return Err(OpError::shape(operation, "q", self.q.dims(), "[B, Sq, H, n + R]"));
+        };
+        let rope = self.rope_head_dim;
+        if self.nope_head_dim + rope != head_dim {
+            let expected = format!("[.., {} + {rope}]", self.nope_head_dim);
+            return Err(OpError::shape(operation, "q", self.q.dims(), expected));
+        }
+        let &[out_batch, out_queries, out_heads, value] = self.out.dims() else {
+            return Err(OpError::shape(operation, "out", self.out.dims(), "[B, Sq, H, v]"));
+        };
+        if [out_batch, out_queries, out_heads] != [batch, queries, heads] {
+            let expected = format!("[{batch}, {queries}, {heads}, v]");
+            return Err(OpError::shape(operation, "out", self.out.dims(), expected));
+        }
+        let kv_b = [self.kv_b.out_features(), self.kv_b.in_features()];
+        if kv_b[0] != heads * (self.nope_head_dim + value) {
+            let expected = format!("[{heads} * ({} + {value}), r]", self.nope_head_dim);
+            return Err(OpError::shape(operation, "kv_b", &kv_b, expected));
+        }
+        let capacity = match *self.cache.dims() {
+            [b, capacity, width] if b == batch && width == kv_b[1] + rope => capacity,
+            _ => {
+                let expected = format!("[{batch}, capacity, {} + {rope}]", kv_b[1]);
+                return Err(OpError::shape(operation, "cache", self.cache.dims(), expected));
+            }
+        };
+        for (name, tensor) in [("q", self.q), ("cache", self.cache), ("out", &*self.out)] {
+            check::float(operation, name, tensor)?;
+        }
+        check::finite(operation, "scale", self.scale)?;
+        check_kv_len(operation, self.kv_len, batch, queries, capacity, true)
+    }
+}
+
+/// The attention family.
+pub trait AttentionOps: Device {
+    /// Body of [`AttentionOps::attention`]; arguments are checked.
+    fn run_attention(&self, args: AttentionArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`AttentionOps::kv_write`]; arguments are checked.
+    fn run_kv_write(&self, args: KvWriteArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`AttentionOps::mla_prefill`]; arguments are checked.
+    fn run_mla_prefill(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`AttentionOps::mla_decode`]; arguments are checked.
+    fn run_mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()>;
+
+    /// Attention of new queries over a cache that already holds their keys: prefill, chunked prefill and decode.
+    fn attention(&self, args: AttentionArgs<'_, Self>) -> Result<()> {
+        check_attention(&args)?;
+        if args.q.elements() == 0 {
+            return Ok(());
+        }
+        self.run_attention(args)
+    }
+
+    /// Appends rows to a cache.
+    fn kv_write(&self, args: KvWriteArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "kv_write";
+        for (name, rows, cache) in
+            [("k_cache", args.k, &*args.k_cache), ("v_cache", args.v, &*args.v_cache)]
+        {
+            check::float(OP, name, cache)?;
+            check::float(OP, "k or v", rows)?;
+            let &[tokens, heads, head_dim] = rows.dims() else {
+                return Err(OpError::shape(OP, "k or v", rows.dims(), "[T, Hkv, D]"));
+            };
+            let fits = match *cache.dims() {
+                [sequences, h, capacity, d] => {
+                    h == heads
+                        && d == head_dim
+                        && args.sequence < sequences
+                        && args.start.checked_add(tokens).is_some_and(|end| end <= capacity)
+                }
+                _ => false,
+            };
+            if !fits {
+                let expected = format!(
+                    "[sequences > {}, {heads}, capacity >= {} + {tokens}, {head_dim}]",
+                    args.sequence, args.start
+                );
+                return Err(OpError::shape(OP, name, cache.dims(), expected));
+            }
+        }
+        if args.k.dims()[0] != args.v.dims()[0] {
+            return Err(OpError::shape(OP, "v", args.v.dims(), "as many tokens as `k`"));
+        }
+        if args.k.dims()[0] == 0 {
+            return Ok(());
+        }
+        self.run_kv_write(args)
+    }
+
+    /// MLA with keys and values expanded from the latent rows; for many queries.
+    fn mla_prefill(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
+        args.check("mla_prefill")?;
+        if args.q.elements() == 0 {
+            return Ok(());
+        }
+        self.run_mla_prefill(args)
+    }
+
+    /// MLA in the absorbed form on the compressed cache; for few queries. Equal to [`AttentionOps::mla_prefill`].
+    fn mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
+        args.check("mla_decode")?;
+        if args.q.elements() == 0 {
+            return Ok(());
+        }
+        self.run_mla_decode(args)
+    }
+}
+
+/// The error of a query without a visible key.
+pub fn empty_row_error(batch: usize, head: usize, query: usize) -> OpError {
+    let reason = format!("[{batch}, {query}, {head}] sees no key");
+    OpError::value("attention", "q", reason)
+}
+
+/// First and one past the last key visible to the query at absolute position `p` (mask aside).
+pub fn visible_keys(p: usize, kv_len: usize, causal: bool, window: Window) -> (usize, usize) {
+    let (first, mut end) = match window {
+        Window::None => (0, kv_len),
+        Window::Left(w) => ((p + 1).saturating_sub(w), (p + 1).min(kv_len)),
+        Window::Symmetric { left, right } => {
+            (p.saturating_sub(left), p.saturating_add(right).saturating_add(1).min(kv_len))
+        }
+    };
+    if causal {
+        end = end.min(p + 1);
+    }
+    (first.min(end), end)
+}
+
+fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
+    const OP: &str = "attention";
+    let &[batch, queries, q_heads, head_dim] = args.q.dims() else {
+        return Err(OpError::shape(OP, "q", args.q.dims(), "[B, Sq, Hq, D]"));
+    };
+    let &[k_batch, kv_heads, capacity, k_dim] = args.k.dims() else {
+        return Err(OpError::shape(OP, "k", args.k.dims(), "[B, Hkv, capacity, D]"));
+    };
+    if k_batch != batch || k_dim != head_dim {
+        let expected = format!("[{batch}, Hkv, capacity, {head_dim}]");
+        return Err(OpError::shape(OP, "k", args.k.dims(), expected));
+    }
+    if kv_heads == 0 || q_heads % kv_heads != 0 {
+        let expected = format!("Hkv that divides Hq = {q_heads}");
+        return Err(OpError::shape(OP, "k", args.k.dims(), expected));
+    }
+    let value_dim = args.v.columns();
+    check::dims(OP, "v", args.v, &[batch, kv_heads, capacity, value_dim])?;
+    check::dims(OP, "out", args.out, &[batch, queries, q_heads, value_dim])?;
+    for (name, tensor) in [("q", args.q), ("k", args.k), ("v", args.v), ("out", &*args.out)] {
+        check::float(OP, name, tensor)?;
+    }
+    check::dtype(OP, "v", args.v, args.k.dtype())?;
+    check::finite(OP, "scale", args.scale)?;
+    if let Some(softcap) = args.softcap {
+        check::positive(OP, "softcap", softcap)?;
+    }
+    if args.window == Window::Left(0) {
+        return Err(OpError::value(OP, "window", "is 0: no key would be visible"));
+    }
+    if let Some(sinks) = args.sinks {
+        check::dims(OP, "sinks", sinks, &[q_heads])?;
+        check::float(OP, "sinks", sinks)?;
+    }
+    check_kv_len(OP, args.kv_len, batch, queries, capacity, args.causal)?;
+    if let Some(mask) = args.mask {
+        check::dtype(OP, "mask", mask, marlin_formats::DType::F32)?;
+        let keys = args.kv_len.iter().copied().max().unwrap_or(0);
+        let fits = match *mask.dims() {
+            [b, h, q, k] => {
+                (b == batch || b == 1) && (h == q_heads || h == 1) && q == queries && k == keys
+            }
+            _ => false,
+        };
+        if !fits {
+            let expected = format!("[{batch} or 1, {q_heads} or 1, {queries}, {keys}]");
+            return Err(OpError::shape(OP, "mask", mask.dims(), expected));
+        }
+    }
+    Ok(())
+}
+
+/// Each sequence has at least one key, at most `capacity`, and (when causal) at least as many keys as queries.
+fn check_kv_len(
+    operation: &'static str,
+    kv_len: &[usize],
+    batch: usize,
+    queries: usize,
+    capacity: usize,
+    causal: bool,
+) -> Result<()> {
+    if kv_len.len() != batch {
+        return Err(OpError::shape(operation, "kv_len", &[kv_len.len()], format!("[{batch}]")));
+    }
+    for (b, &len) in kv_len.iter().enumerate() {
+        let least = if causal { queries.max(1) } else { 1 };
+        if len < least || len > capacity {
+            let reason = format!("[{b}] is {len}, must be in {least}..={capacity}");
+            return Err(OpError::value(operation, "kv_len", reason));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visibility() {
+        assert_eq!(visible_keys(5, 10, true, Window::None), (0, 6));
+        assert_eq!(visible_keys(5, 10, false, Window::None), (0, 10));
+        assert_eq!(visible_keys(5, 10, true, Window::Left(2)), (4, 6));
+        assert_eq!(visible_keys(5, 10, false, Window::Left(1)), (5, 6));
+        assert_eq!(visible_keys(5, 10, true, Window::Left(100)), (0, 6));
+        let window = Window::Symmetric { left: 2, right: 3 };
+        assert_eq!(visible_keys(5, 10, false, window), (3, 9));
+        assert_eq!(visible_keys(5, 10, true, window), (3, 6));
+        assert_eq!(visible_keys(9, 10, false, window), (7, 10));
+    }
+}

@@ -1,0 +1,79 @@
+use marlin_formats::DType;
+
+use crate::{
+    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps,
+    Result, RopeOps, SamplingOps, Tensor, Weight,
+};
+
+/// Memory of a device: buffers, transfers, prepared weights. Operations on it enqueue and return; the `read_*` methods
+/// are the only ones that wait, and report any failure of the work before them.
+pub trait Device: Sized + Send + Sync + 'static {
+    /// Storage of a tensor.
+    type Buffer: Send + Sync;
+    /// A linear layer in the device's layout.
+    type Weight: Send + Sync;
+    /// The routed experts of a layer in the device's layout.
+    type Experts: Send + Sync;
+
+    /// Short name for messages: "cpu", "oracle", ...
+    fn name(&self) -> &'static str;
+
+    /// A zero-filled tensor.
+    fn zeros(&self, dtype: DType, dims: &[usize]) -> Result<Tensor<Self>>;
+
+    /// Copies a host tensor (F32, F16, BF16, U32 or I32) to the device, dtype kept.
+    fn upload(&self, host: &HostTensor) -> Result<Tensor<Self>>;
+
+    /// Replaces the contents of a U32 tensor; `dims` must fit its capacity (token ids, positions).
+    fn write_u32(&self, values: &[u32], out: &mut Tensor<Self>) -> Result<()>;
+
+    /// Copies `count` rows (all dimensions but the last flattened) of `source`, from `first`, to the start of `out`.
+    /// Dtypes and columns must agree; the rows of `out` must be `count`.
+    fn copy_rows(
+        &self,
+        source: &Tensor<Self>,
+        first: usize,
+        count: usize,
+        out: &mut Tensor<Self>,
+    ) -> Result<()>;
+
+    /// Waits and reads a float tensor as f64 (exact for F32, F16, BF16).
+    fn read_f64(&self, tensor: &Tensor<Self>) -> Result<Vec<f64>>;
+
+    /// Waits and reads a float tensor as f32.
+    fn read_f32(&self, tensor: &Tensor<Self>) -> Result<Vec<f32>>;
+
+    /// Waits and reads a U32 tensor.
+    fn read_u32(&self, tensor: &Tensor<Self>) -> Result<Vec<u32>>;
+
+    /// Repacks a weight; called through [`crate::Linear::new`].
+    fn prepare_weight(&self, weight: Weight) -> Result<Self::Weight>;
+
+    /// Repacks the experts of a layer; called through [`crate::ExpertStack::new`], which checks their shapes.
+    fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<Self::Experts>;
+}
+
+/// A device that implements every operation family.
+pub trait Backend:
+    LinearOps
+    + NormOps
+    + RopeOps
+    + AttentionOps
+    + MoeOps
+    + HadamardOps
+    + SamplingOps
+    + ConvertOps
+{
+}
+
+impl<T> Backend for T where
+    T: LinearOps
+        + NormOps
+        + RopeOps
+        + AttentionOps
+        + MoeOps
+        + HadamardOps
+        + SamplingOps
+        + ConvertOps
+{
+}

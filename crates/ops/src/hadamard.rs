@@ -1,0 +1,99 @@
+//! Block Hadamard rotation (operations.md: hadamard_block).
+
+use crate::{Device, OpError, Result, Tensor, check};
+
+/// Which matrix a block length stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HadamardKind {
+    /// Sylvester order for a power of two; 96, 160 and 192 as two Sylvester blocks (64+32, 128+32, 128+64), each
+    /// normalised by its own size.
+    BlockDiagonal,
+    /// A true Hadamard matrix: Sylvester for a power of two, `H_2^p (x) Paley` for 12 * 2^p and 20 * 2^p.
+    True,
+}
+
+/// `x <- signs_after * (H (signs_before * x))` per block of `block` channels, in place.
+pub struct HadamardArgs<'a, D: Device> {
+    /// `[.., C]`, C a multiple of `block`; overwritten.
+    pub x: &'a mut Tensor<D>,
+    /// Channels per block.
+    pub block: usize,
+    /// Matrix.
+    pub kind: HadamardKind,
+    /// Divide by sqrt(n).
+    pub normalize: bool,
+    /// Use the transposed matrix (the inverse when normalised); differs from forward for Paley orders only.
+    pub transpose: bool,
+    /// `[C]` factors applied before.
+    pub scale_before: Option<&'a Tensor<D>>,
+    /// `[C]` factors applied after.
+    pub scale_after: Option<&'a Tensor<D>>,
+}
+
+/// The parts `(offset, length)` that one block is transformed in, or none if the order is not supported.
+pub fn block_parts(block: usize, kind: HadamardKind) -> Option<Vec<(usize, usize)>> {
+    match (block, kind) {
+        (2..=32768, _) if block.is_power_of_two() => Some(vec![(0, block)]),
+        (96, HadamardKind::BlockDiagonal) => Some(vec![(0, 64), (64, 32)]),
+        (160, HadamardKind::BlockDiagonal) => Some(vec![(0, 128), (128, 32)]),
+        (192, HadamardKind::BlockDiagonal) => Some(vec![(0, 128), (128, 64)]),
+        (12..=32768, HadamardKind::True) if paley_order(block).is_some() => Some(vec![(0, block)]),
+        _ => None,
+    }
+}
+
+/// 12 or 20 when `block` is that times a power of two.
+pub fn paley_order(block: usize) -> Option<usize> {
+    [12, 20].into_iter().find(|q| block % q == 0 && (block / q).is_power_of_two())
+}
+
+/// Entry (i, j) of the Paley I matrix of order 12 or 20: `I + [[0, 1^T], [-1, Q]]`, `Q_ij = chi(i - j)`.
+pub fn paley_entry(order: usize, i: usize, j: usize) -> i32 {
+    match (i, j) {
+        (0, _) => 1,
+        (_, 0) => -1,
+        _ if i == j => 1,
+        _ => legendre(i as i64 - j as i64, order as i64 - 1),
+    }
+}
+
+/// Quadratic character of `a` modulo the odd prime `p`.
+fn legendre(a: i64, p: i64) -> i32 {
+    let a = a.rem_euclid(p);
+    if a == 0 {
+        return 0;
+    }
+    if (1..p).any(|x| x * x % p == a) { 1 } else { -1 }
+}
+
+/// The Hadamard family.
+pub trait HadamardOps: Device {
+    /// Body of [`HadamardOps::hadamard`]; arguments are checked.
+    fn run_hadamard(&self, args: HadamardArgs<'_, Self>) -> Result<()>;
+
+    /// Block Hadamard transform in place.
+    fn hadamard(&self, args: HadamardArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "hadamard";
+        let columns = args.x.columns();
+        check::float(OP, "x", args.x)?;
+        if block_parts(args.block, args.kind).is_none() {
+            let reason = format!("is {}: no {:?} matrix of this order", args.block, args.kind);
+            return Err(OpError::value(OP, "block", reason));
+        }
+        if columns % args.block != 0 {
+            let expected = format!("columns a multiple of {}", args.block);
+            return Err(OpError::shape(OP, "x", args.x.dims(), expected));
+        }
+        for (name, scale) in [("scale_before", args.scale_before), ("scale_after", args.scale_after)]
+        {
+            if let Some(scale) = scale {
+                check::dims(OP, name, scale, &[columns])?;
+                check::float(OP, name, scale)?;
+            }
+        }
+        if args.x.elements() == 0 {
+            return Ok(());
+        }
+        self.run_hadamard(args)
+    }
+}

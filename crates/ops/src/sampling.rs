@@ -1,0 +1,170 @@
+//! Sampling (operations.md section 7): argmax, logits processing, filtered draws.
+
+use marlin_formats::DType;
+
+use crate::{Device, OpError, Result, Tensor, check};
+
+/// Penalties, bans and temperature, applied in the order of the fields to an f32 row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogitsProcess {
+    /// rho over the set of `prompt + generated` ids: `l > 0: l / rho, else l rho`; 1 for none.
+    pub repetition_penalty: f32,
+    /// `l -= frequency_penalty * count` over generated ids; 0 for none.
+    pub frequency_penalty: f32,
+    /// `l -= presence_penalty` for generated ids; 0 for none.
+    pub presence_penalty: f32,
+    /// `l /= temperature`, above 0; 1 for none. Greedy is [`SamplingOps::argmax`], not temperature 0.
+    pub temperature: f32,
+}
+
+impl Default for LogitsProcess {
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            temperature: 1.0,
+        }
+    }
+}
+
+/// Filters of a draw, in this order, each renormalising over the survivors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleFilter {
+    /// Keep the k largest (value descending, index ascending).
+    pub top_k: Option<usize>,
+    /// Keep the shortest prefix with mass >= p, at least one; p in [0, 1].
+    pub top_p: Option<f32>,
+    /// Keep `p_v >= min_p max p`, in [0, 1].
+    pub min_p: Option<f32>,
+    /// Locally typical mass (Meister et al.), in (0, 1).
+    pub typical: Option<f32>,
+}
+
+impl SampleFilter {
+    /// No filter.
+    pub const NONE: Self = Self { top_k: None, top_p: None, min_p: None, typical: None };
+}
+
+/// Processes one row of logits in place.
+pub struct LogitsProcessArgs<'a, D: Device> {
+    /// `[V]` F32, overwritten.
+    pub logits: &'a mut Tensor<D>,
+    /// Ids of the prompt.
+    pub prompt: &'a [u32],
+    /// Ids generated so far.
+    pub generated: &'a [u32],
+    /// What to apply.
+    pub process: &'a LogitsProcess,
+}
+
+/// Draws one id per row.
+pub struct SampleArgs<'a, D: Device> {
+    /// `[R, V]` F32.
+    pub logits: &'a Tensor<D>,
+    /// Filters, the same for all rows.
+    pub filter: &'a SampleFilter,
+    /// Key of the generator.
+    pub seed: u64,
+    /// Row id of each row (request), `[R]`.
+    pub rows: &'a [u32],
+    /// Position in the request of each row, `[R]`.
+    pub steps: &'a [u32],
+    /// `[R]` U32.
+    pub ids: &'a mut Tensor<D>,
+}
+
+/// The sampling family. A NaN or +inf logit, or a row of only -inf, is an error ([`bad_logit_error`],
+/// [`empty_logits_error`]).
+pub trait SamplingOps: Device {
+    /// Body of [`SamplingOps::argmax`]; shapes are checked.
+    fn run_argmax(&self, logits: &Tensor<Self>, ids: &mut Tensor<Self>) -> Result<()>;
+
+    /// Body of [`SamplingOps::process_logits`]; arguments are checked.
+    fn run_process_logits(&self, args: LogitsProcessArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`SamplingOps::sample`]; arguments are checked.
+    fn run_sample(&self, args: SampleArgs<'_, Self>) -> Result<()>;
+
+    /// Smallest index among the maxima of each row of `[R, V]`; -0 equals +0.
+    fn argmax(&self, logits: &Tensor<Self>, ids: &mut Tensor<Self>) -> Result<()> {
+        const OP: &str = "argmax";
+        check::float(OP, "logits", logits)?;
+        check_vocabulary(OP, logits)?;
+        check::dtype(OP, "ids", ids, DType::U32)?;
+        check::dims(OP, "ids", ids, &[logits.rows()])?;
+        self.run_argmax(logits, ids)
+    }
+
+    /// Penalties and temperature.
+    fn process_logits(&self, args: LogitsProcessArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "logits_process";
+        check::dtype(OP, "logits", args.logits, DType::F32)?;
+        check_vocabulary(OP, args.logits)?;
+        let p = args.process;
+        check::positive(OP, "repetition_penalty", p.repetition_penalty)?;
+        check::finite(OP, "frequency_penalty", p.frequency_penalty)?;
+        check::finite(OP, "presence_penalty", p.presence_penalty)?;
+        check::positive(OP, "temperature", p.temperature)?;
+        let vocab = args.logits.elements();
+        for (name, ids) in [("prompt", args.prompt), ("generated", args.generated)] {
+            if let Some(i) = ids.iter().position(|&id| id as usize >= vocab) {
+                let reason = format!("[{i}] is {}, vocabulary has {vocab}", ids[i]);
+                return Err(OpError::value(OP, name, reason));
+            }
+        }
+        self.run_process_logits(args)
+    }
+
+    /// A filtered draw: survivors in descending probability (ties: ascending index), the first whose cumulative weight
+    /// exceeds `u Z`, Z the survivors' mass, u from (seed, row, step).
+    fn sample(&self, args: SampleArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "sample";
+        check::dtype(OP, "logits", args.logits, DType::F32)?;
+        check_vocabulary(OP, args.logits)?;
+        check_filter(args.filter)?;
+        let rows = args.logits.rows();
+        for (name, len) in [("rows", args.rows.len()), ("steps", args.steps.len())] {
+            if len != rows {
+                return Err(OpError::shape(OP, name, &[len], format!("[{rows}]")));
+            }
+        }
+        check::dtype(OP, "ids", args.ids, DType::U32)?;
+        check::dims(OP, "ids", args.ids, &[rows])?;
+        self.run_sample(args)
+    }
+}
+
+/// Ranges of the filters (also for callers that want the error before loading a model).
+pub fn check_filter(filter: &SampleFilter) -> Result<()> {
+    const OP: &str = "sample";
+    if filter.top_k == Some(0) {
+        return Err(OpError::value(OP, "top_k", "is 0, must be at least 1"));
+    }
+    for (name, value) in [("top_p", filter.top_p), ("min_p", filter.min_p)] {
+        if let Some(v) = value.filter(|v| !(0.0..=1.0).contains(v)) {
+            return Err(OpError::value(OP, name, format!("is {v}, must be in [0, 1]")));
+        }
+    }
+    if let Some(v) = filter.typical.filter(|v| !(*v > 0.0 && *v < 1.0)) {
+        return Err(OpError::value(OP, "typical", format!("is {v}, must be in (0, 1)")));
+    }
+    Ok(())
+}
+
+fn check_vocabulary<D: Device>(operation: &'static str, logits: &Tensor<D>) -> Result<()> {
+    if logits.columns() == 0 {
+        return Err(OpError::shape(operation, "logits", logits.dims(), "at least one column"));
+    }
+    Ok(())
+}
+
+/// The error of a NaN or +inf logit.
+pub fn bad_logit_error(operation: &'static str, row: usize, id: usize, value: f64) -> OpError {
+    OpError::value(operation, "logits", format!("[{row}, {id}] is {value}"))
+}
+
+/// The error of a row of only -inf.
+pub fn empty_logits_error(operation: &'static str, row: usize) -> OpError {
+    OpError::value(operation, "logits", format!("row {row} holds only -inf"))
+}

@@ -1,0 +1,204 @@
+use marlin_formats::{DType, QuantizedMatrix};
+
+use crate::{Device, HostTensor, OpError, Result};
+
+/// The stored values of one linear layer.
+#[derive(Clone, Debug)]
+pub enum WeightData {
+    /// `[out_features, in_features]` row-major in F32, F16 or BF16 (checkpoint order).
+    Dense(HostTensor),
+    /// A native quantized matrix, K-major.
+    Quantized(QuantizedMatrix),
+}
+
+/// One linear layer on the host: `y[n] = sum_k x[k] W[k,n] + bias[n]`.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    /// The matrix.
+    pub data: WeightData,
+    /// Optional bias `[out_features]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl Weight {
+    /// A dense `[out_features, in_features]` weight.
+    pub fn dense(values: HostTensor) -> Result<Self> {
+        if values.dims().len() != 2 {
+            return Err(OpError::shape("weight", "values", values.dims(), "[out, in]"));
+        }
+        if !matches!(values.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(OpError::DType {
+                operation: "weight",
+                operand: "values",
+                found: values.dtype(),
+                expected: "F32, F16 or BF16",
+            });
+        }
+        Ok(Self { data: WeightData::Dense(values), bias: None })
+    }
+
+    /// A quantized weight; its buffers are validated.
+    pub fn quantized(matrix: QuantizedMatrix) -> Result<Self> {
+        matrix.validate()?;
+        Ok(Self { data: WeightData::Quantized(matrix), bias: None })
+    }
+
+    /// The same weight with a bias `[out_features]`.
+    pub fn with_bias(mut self, bias: Vec<f32>) -> Result<Self> {
+        if bias.len() != self.out_features() {
+            return Err(OpError::shape("weight", "bias", &[bias.len()], "[out_features]"));
+        }
+        self.bias = Some(bias);
+        Ok(self)
+    }
+
+    /// K.
+    pub fn in_features(&self) -> usize {
+        match &self.data {
+            WeightData::Dense(t) => t.dims()[1],
+            WeightData::Quantized(q) => q.in_features,
+        }
+    }
+
+    /// N.
+    pub fn out_features(&self) -> usize {
+        match &self.data {
+            WeightData::Dense(t) => t.dims()[0],
+            WeightData::Quantized(q) => q.out_features,
+        }
+    }
+
+    /// Decoded values, `[out_features, in_features]` row-major.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        match &self.data {
+            WeightData::Dense(t) => t.to_f32(),
+            WeightData::Quantized(q) => Ok(q.decode()?),
+        }
+    }
+
+    /// Stored size of the matrix and bias.
+    pub fn size_in_bytes(&self) -> usize {
+        let matrix = match &self.data {
+            WeightData::Dense(t) => t.bytes().len(),
+            WeightData::Quantized(q) => {
+                let bits = q.scheme.bits_per_weight(q.in_features, q.out_features);
+                (bits * (q.in_features * q.out_features) as f64 / 8.0).round() as usize
+            }
+        };
+        matrix + self.bias.as_ref().map_or(0, |b| b.len() * 4)
+    }
+}
+
+/// A weight prepared for a device: repacked once, at load.
+pub struct Linear<D: Device> {
+    in_features: usize,
+    out_features: usize,
+    size_in_bytes: usize,
+    data: D::Weight,
+}
+
+impl<D: Device> Linear<D> {
+    /// Repacks `weight` into the device's layout.
+    pub fn new(device: &D, weight: Weight) -> Result<Self> {
+        Ok(Self {
+            in_features: weight.in_features(),
+            out_features: weight.out_features(),
+            size_in_bytes: weight.size_in_bytes(),
+            data: device.prepare_weight(weight)?,
+        })
+    }
+
+    /// K.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// N.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Stored bytes of the weight (codes, scales, zeros, bias).
+    pub fn size_in_bytes(&self) -> usize {
+        self.size_in_bytes
+    }
+
+    /// The device's own form.
+    pub fn data(&self) -> &D::Weight {
+        &self.data
+    }
+}
+
+/// The three projections of one expert's gated MLP, on the host.
+#[derive(Clone, Debug)]
+pub struct ExpertWeights {
+    /// `[intermediate, hidden]`.
+    pub gate: Weight,
+    /// `[intermediate, hidden]`.
+    pub up: Weight,
+    /// `[hidden, intermediate]`.
+    pub down: Weight,
+}
+
+/// All routed experts of a layer, prepared for a device. Formats may differ by expert and projection.
+pub struct ExpertStack<D: Device> {
+    hidden: usize,
+    intermediate: usize,
+    count: usize,
+    size_in_bytes: usize,
+    data: D::Experts,
+}
+
+impl<D: Device> ExpertStack<D> {
+    /// Checks that the experts agree and repacks them.
+    pub fn new(device: &D, experts: Vec<ExpertWeights>) -> Result<Self> {
+        const OP: &str = "expert stack";
+        let first = experts
+            .first()
+            .ok_or_else(|| OpError::value(OP, "experts", "is empty: at least one is needed"))?;
+        let (hidden, intermediate) = (first.gate.in_features(), first.gate.out_features());
+        let mut size_in_bytes = 0;
+        for (e, expert) in experts.iter().enumerate() {
+            for (name, w, n, k) in [
+                ("gate", &expert.gate, intermediate, hidden),
+                ("up", &expert.up, intermediate, hidden),
+                ("down", &expert.down, hidden, intermediate),
+            ] {
+                let found = [w.out_features(), w.in_features()];
+                if found != [n, k] {
+                    let expected = format!("[{n}, {k}] (expert {e})");
+                    return Err(OpError::shape(OP, name, &found, expected));
+                }
+                size_in_bytes += w.size_in_bytes();
+            }
+        }
+        let count = experts.len();
+        let data = device.prepare_experts(experts)?;
+        Ok(Self { hidden, intermediate, count, size_in_bytes, data })
+    }
+
+    /// Model width.
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Width of each expert's hidden vector.
+    pub fn intermediate(&self) -> usize {
+        self.intermediate
+    }
+
+    /// Number of experts.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Stored bytes of all experts.
+    pub fn size_in_bytes(&self) -> usize {
+        self.size_in_bytes
+    }
+
+    /// The device's own form.
+    pub fn data(&self) -> &D::Experts {
+        &self.data
+    }
+}
