@@ -87,11 +87,11 @@ QUALITIES = "shiny tiny striped old wooden bright little new round painted soft 
 # object: (noun, what one does with it, adjectives that do not fit)
 OBJECTS = [
     ("kite", "watch it dance in the sky", "round"), ("ball", "bounce it against the wall", ""), ("drum", "tap out happy songs on it", "soft"),
-    ("boat", "float it on the water", "soft"), ("hat", "wear it on every walk", "wooden"), ("scarf", "wrap it around {tw}", "wooden round"),
+    ("boat", "float it on the water", "soft"), ("hat", "wear it on every walk", "wooden"), ("scarf", "wrap it around [his] neck", "wooden round"),
     ("book", "read it under a tree", "round wooden soft"), ("lantern", "carry it on dark evenings", "soft"), ("bell", "ring it at breakfast", "soft"),
     ("whistle", "blow it on long walks", "soft round"), ("basket", "fill it with flowers", "soft"), ("key", "wear it on a string", "soft round"),
     ("umbrella", "twirl it in the rain", "wooden round soft tiny"), ("shell", "hold it close and hear the sea", "wooden soft new"),
-    ("feather", "tickle {fr} with it", "wooden round new painted"), ("marble", "roll it across the floor", "wooden soft"),
+    ("feather", "tickle [P] with it", "wooden round new painted"), ("marble", "roll it across the floor", "wooden soft"),
     ("button", "keep it in a little box", "soft"), ("map", "dream of far places", "wooden round soft"), ("flute", "play sweet tunes on it", "soft round"),
     ("spinning top", "make it hum on the table", "soft round"), ("toy train", "push it around the room", "soft round"),
     ("teddy bear", "hug it every night", "wooden round painted"), ("doll", "sing songs to it", "round"), ("wagon", "pull it down the lane", "soft round"),
@@ -171,12 +171,12 @@ BUILDS = [
 
 # fear: (noun phrase, moment, first step, second step, result)
 FEARS = [
-    ("the dark", "One evening the lamp went out, and everything was black", "[He] held [B]'s hand and counted to ten", "[He] looked for the little lights of the stars", "the dark felt soft and quiet, like a big blanket"),
+    ("the dark", "They stayed too long, and suddenly it was night, and everything was black", "[He] held [B]'s hand and counted to ten", "[He] looked for the little lights of the stars", "the dark felt soft and quiet, like a big blanket"),
     ("thunder", "All at once a loud boom rolled across the sky", "[He] counted slowly after every flash", "[He] sang a song between the booms", "the thunder sounded like a big, friendly drum"),
     ("deep water", "Everyone was swimming, but [A] stayed on the shore", "[He] put in one toe, and then one foot", "[He] floated on [his] back while [B] held [him] up", "[he] could swim all the way to the big rock"),
     ("high places", "All the others climbed up to see the view, but [A] stayed below", "[He] climbed just one step and rested", "[He] looked up and never down", "[he] stood at the very top and could see the whole world"),
-    ("big dogs", "A big brown dog came running down the path", "[He] stood very still and breathed slowly", "[He] let the dog sniff [his] fingers", "the dog rolled over and wanted to be petted"),
-    ("singing in front of others", "The day of the song contest came, and [A]'s knees shook", "[He] sang very softly to [B] alone", "[He] closed [his] eyes and sang a little louder", "the whole crowd clapped and asked for one more song"),
+    ("big dogs", "A big brown dog came running down the path", "[He] stood very still and breathed slowly", "[He] let the dog sniff [his] [hands]", "the dog rolled over and wanted to be petted"),
+    ("singing in front of others", "There was a song contest that day. When it was [A]'s turn, [his] legs shook", "[He] sang very softly to [B] alone", "[He] closed [his] eyes and sang a little louder", "the whole crowd clapped and asked for one more song"),
     ("the tall slide", "All the others slid down laughing, but [A] only watched", "[He] climbed up halfway and came back down", "[He] sat at the top and held on tight while [B] waited below", "[he] flew down the slide with a happy shout"),
     ("spiders", "A small spider let itself down right in front of [A]", "[He] took one step closer and looked", "[He] watched how carefully it made its web", "[he] saw that the web shone like a silver star"),
     ("the old bridge", "The only way home led over the old bridge, and it creaked", "[He] tested the first plank with one foot", "[He] held the rope and took one step at a time", "[he] stood safely on the other side"),

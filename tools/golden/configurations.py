@@ -80,6 +80,7 @@ GLM = [
         {
             **MLA, "first_k_dense_replace": 2, "mlp_layer_types": ["dense", "dense", "sparse"], "n_routed_experts": 16,
             "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "v_head_dim": 20, "qk_rope_head_dim": 16,
+            "max_position_embeddings": 163840,
             "rope_parameters": yarn(1e4, 40.0, 4096, mscale=0.8, mscale_all_dim=1.0, beta_fast=32, beta_slow=1),
         },
         tokens=40, classic=True, small_latent=True, published=PUBLISHED_GLM,
@@ -88,7 +89,7 @@ GLM = [
         "glm4_moe_lite-fused_mixed_layers", "glm4_moe_lite",
         {
             **MLA, "mlp_layer_types": ["sparse", "dense", "sparse"], "n_group": 2, "topk_group": 1,
-            "rope_parameters": rope(1e5), "intermediate_size": 40, "routed_scaling_factor": 2.0,
+            "rope_parameters": rope(1e5), "attention_bias": True, "routed_scaling_factor": 2.0,
         },
         tokens=24, fused_experts=True, shard="120KB",
     ),
@@ -100,6 +101,7 @@ DEEPSEEK_V3 = [
         {
             **MLA, "first_k_dense_replace": 1, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4,
             "moe_intermediate_size": 16, "qk_rope_head_dim": 16,
+            "max_position_embeddings": 163840,
             "rope_parameters": yarn(1e4, 40.0, 4096, mscale=1.0, mscale_all_dim=1.0, beta_fast=32, beta_slow=1),
         },
         tokens=40, classic=True, shard="80KB", extra=("mtp",), published=PUBLISHED_V3,
@@ -118,7 +120,8 @@ DEEPSEEK_V3 = [
         "deepseek_v3-mscale_half_split", "deepseek_v3",
         {
             **MLA, "first_k_dense_replace": 2, "rope_interleave": False, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3,
-            "rope_parameters": yarn(1e3, 8.0, 32, mscale=0.707, mscale_all_dim=1.2, beta_fast=4, beta_slow=1),
+            "max_position_embeddings": 4096,
+            "rope_parameters": yarn(1e3, 8.0, 512, mscale=0.707, mscale_all_dim=1.2, beta_fast=8, beta_slow=1),
             "moe_intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 6, "v_head_dim": 12,
         },
         tokens=36, small_latent=True,
@@ -126,7 +129,8 @@ DEEPSEEK_V3 = [
     Golden(
         "deepseek_v3-fused_mscale_all_dim", "deepseek_v3",
         {
-            **MLA, "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2,
+            **MLA, "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2, "attention_bias": True,
+            "max_position_embeddings": 144,
             "rope_parameters": yarn(1e2, 6.0, 24, mscale_all_dim=0.9, beta_fast=3, beta_slow=1, truncate=False),
             "vocab_size": 136,
         },
@@ -140,6 +144,7 @@ DEEPSEEK_V2 = [
         {
             **MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
             "n_shared_experts": 2, "num_experts_per_tok": 3, "qk_rope_head_dim": 16, "routed_scaling_factor": 1.0,
+            "max_position_embeddings": 163840,
             "rope_parameters": yarn(1e4, 40.0, 4096, mscale=0.707, mscale_all_dim=0.707, beta_fast=32, beta_slow=1),
         },
         tokens=40, classic=True, shard="100KB", published=PUBLISHED_V2,
@@ -147,7 +152,7 @@ DEEPSEEK_V2 = [
     Golden(
         "deepseek_v2-groups", "deepseek_v2",
         {
-            **MLA, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "n_routed_experts": 20, "n_group": 5,
+            **MLA, "num_hidden_layers": 2, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "n_routed_experts": 20, "n_group": 5,
             "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 2, "routed_scaling_factor": 16.0,
             "moe_intermediate_size": 16, "rope_parameters": rope(1e4),
         },
@@ -158,7 +163,7 @@ DEEPSEEK_V2 = [
         {
             **MLA, "num_hidden_layers": 2, "first_k_dense_replace": 0, "norm_topk_prob": True, "attention_bias": True,
             "mlp_bias": True, "tie_word_embeddings": True, "n_shared_experts": 1, "routed_scaling_factor": 1.7,
-            "rms_norm_eps": 1e-2, "rope_parameters": rope(1e3), "num_attention_heads": 3, "num_key_value_heads": 3,
+            "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "rms_norm_eps": 1e-2, "rope_parameters": rope(1e3),
         },
         tokens=25,
     ),
@@ -166,8 +171,9 @@ DEEPSEEK_V2 = [
         "deepseek_v2-fused_yarn_factor", "deepseek_v2",
         {
             **MLA, "first_k_dense_replace": 2, "mlp_bias": True, "topk_method": "group_limited_greedy", "n_group": 4,
-            "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 4.0, "moe_intermediate_size": 40,
-            "rope_parameters": yarn(1e3, 8.0, 32, attention_factor=0.8, beta_fast=4, beta_slow=1),
+            "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 4.0,
+            "max_position_embeddings": 4096,
+            "rope_parameters": yarn(1e3, 8.0, 512, attention_factor=0.8, beta_fast=8, beta_slow=1),
         },
         tokens=34, fused_experts=True,
     ),
@@ -186,7 +192,8 @@ QWEN3 = [
         "qwen3-yarn_bias", "qwen3",
         {
             **DENSE, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 24, "attention_bias": True,
-            "rope_parameters": yarn(1e4, 4.0, 512), "max_position_embeddings": 2048, "intermediate_size": 40,
+            "max_position_embeddings": 2048,
+            "rope_parameters": yarn(1e4, 4.0, 512), "intermediate_size": 40,
         },
         tokens=40, classic=True,
     ),
@@ -214,15 +221,15 @@ QWEN3_MOE = [
         "qwen3_moe-base", "qwen3_moe",
         {
             **DENSE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 16,
-            "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True, "rope_parameters": rope(1e6),
+            "num_experts_per_tok": 4, "moe_intermediate_size": 16, "norm_topk_prob": True, "rope_parameters": rope(1e6),
         },
         classic=True, shard="100KB", published=dict(max_window_layers=2),
     ),
     Golden(
         "qwen3_moe-sparse_step", "qwen3_moe",
         {
-            **DENSE, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24,
-            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": False,
+            **DENSE, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24,
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": False,
             "decoder_sparse_step": 2, "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-2,
             "rope_parameters": rope(1e4), "hidden_size": 40, "intermediate_size": 40,
         },
@@ -232,9 +239,10 @@ QWEN3_MOE = [
         "qwen3_moe-mlp_only_sliding_yarn", "qwen3_moe",
         {
             **DENSE, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16,
-            "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+            "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
             "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2,
-            "rope_parameters": yarn(1e3, 4.0, 64, beta_fast=8, beta_slow=1),
+            "max_position_embeddings": 1024,
+            "rope_parameters": yarn(1e3, 4.0, 256, beta_fast=8, beta_slow=1),
         },
         tokens=38, classic=True,
     ),
@@ -242,7 +250,7 @@ QWEN3_MOE = [
         "qwen3_moe-fused", "qwen3_moe",
         {
             **DENSE, "num_attention_heads": 4, "num_key_value_heads": 1, "num_experts": 8, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24, "norm_topk_prob": True, "rope_parameters": rope(1e4), "hidden_size": 64,
+            "moe_intermediate_size": 24, "norm_topk_prob": True, "rope_parameters": rope(1e4), "hidden_size": 48,
         },
         tokens=24, fused_experts=True,
     ),
@@ -253,14 +261,14 @@ LLAMA = [
         "llama-base", "llama",
         {
             **DENSE, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "num_hidden_layers": 3,
-            "rope_parameters": llama3(5e5, 8.0, 64), "rms_norm_eps": 1e-5, "hidden_size": 64,
+            "rope_parameters": llama3(5e5, 8.0, 64), "rms_norm_eps": 1e-5,
         },
         tokens=40, classic=True, shard="100KB",
     ),
     Golden(
         "llama-biases", "llama",
         {
-            **DENSE, "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": True, "mlp_bias": True,
+            **DENSE, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": True, "mlp_bias": True,
             "rms_norm_eps": 1e-2, "rope_parameters": rope(1e4), "intermediate_size": 40, "vocab_size": 131,
         },
         tokens=26,
@@ -277,7 +285,8 @@ LLAMA = [
         "llama-yarn", "llama",
         {
             **DENSE, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
-            "rope_parameters": yarn(1e3, 8.0, 32, mscale=1.0, mscale_all_dim=0.5, beta_fast=4, beta_slow=1), "num_hidden_layers": 3,
+            "max_position_embeddings": 4096,
+            "rope_parameters": yarn(1e3, 8.0, 512, mscale=1.0, mscale_all_dim=0.5, beta_fast=8, beta_slow=1),
         },
         tokens=36,
     ),

@@ -35,20 +35,18 @@ impl Lengths {
     /// Checks the group size and that `[N, K]` is neither empty nor beyond the address space.
     fn new(scheme: Scheme, out_features: usize, in_features: usize) -> Result<Self, FormatError> {
         scheme.format.check_group_size(scheme.group_size)?;
-        let error = FormatError::Shape {
-            out_features,
-            in_features,
-        };
         let columns_of = |rows: usize| rows.checked_mul(out_features).filter(|&count| count > 0);
-        // One packing unit of headroom keeps the row counts themselves from overflowing.
-        let lengths = in_features.checked_add(32).and_then(|_| {
+        let lengths = || {
             Some(Lengths {
                 elements: columns_of(in_features)?,
                 codes: columns_of(scheme.code_rows(in_features))?,
                 groups: columns_of(scheme.groups(in_features))?,
             })
-        });
-        lengths.ok_or(error)
+        };
+        lengths().ok_or(FormatError::Shape {
+            out_features,
+            in_features,
+        })
     }
 }
 

@@ -55,14 +55,7 @@ pub trait Device: Sized + Send + Sync + 'static {
 
 /// A device that implements every operation family.
 pub trait Backend:
-    LinearOps
-    + NormOps
-    + RopeOps
-    + AttentionOps
-    + MoeOps
-    + HadamardOps
-    + SamplingOps
-    + ConvertOps
+    LinearOps + NormOps + RopeOps + AttentionOps + MoeOps + HadamardOps + SamplingOps + ConvertOps
 {
 }
 

@@ -14,7 +14,12 @@ pub(crate) fn dims<D: Device>(
     if tensor.dims() == expected {
         return Ok(());
     }
-    Err(OpError::shape(operation, operand, tensor.dims(), format!("{expected:?}")))
+    Err(OpError::shape(
+        operation,
+        operand,
+        tensor.dims(),
+        format!("{expected:?}"),
+    ))
 }
 
 /// `tensor` has this many rows (all dimensions but the last) and columns.
@@ -28,7 +33,12 @@ pub(crate) fn rows_columns<D: Device>(
     if tensor.rows() == rows && tensor.columns() == columns {
         return Ok(());
     }
-    Err(OpError::shape(operation, operand, tensor.dims(), format!("[{rows}, {columns}]")))
+    Err(OpError::shape(
+        operation,
+        operand,
+        tensor.dims(),
+        format!("[{rows}, {columns}]"),
+    ))
 }
 
 /// `tensor` holds F32, F16 or BF16.
@@ -39,7 +49,12 @@ pub(crate) fn float<D: Device>(
 ) -> Result<()> {
     match tensor.dtype() {
         DType::F32 | DType::F16 | DType::BF16 => Ok(()),
-        found => Err(OpError::DType { operation, operand, found, expected: "F32, F16 or BF16" }),
+        found => Err(OpError::DType {
+            operation,
+            operand,
+            found,
+            expected: "F32, F16 or BF16",
+        }),
     }
 }
 
@@ -66,7 +81,11 @@ pub(crate) fn positive(operation: &'static str, operand: &'static str, value: f3
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
-    Err(OpError::value(operation, operand, format!("is {value}, must be finite and above 0")))
+    Err(OpError::value(
+        operation,
+        operand,
+        format!("is {value}, must be finite and above 0"),
+    ))
 }
 
 /// A finite value.
@@ -74,5 +93,9 @@ pub(crate) fn finite(operation: &'static str, operand: &'static str, value: f32)
     if value.is_finite() {
         return Ok(());
     }
-    Err(OpError::value(operation, operand, format!("is {value}, must be finite")))
+    Err(OpError::value(
+        operation,
+        operand,
+        format!("is {value}, must be finite"),
+    ))
 }

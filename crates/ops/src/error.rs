@@ -71,7 +71,12 @@ impl OpError {
         found: &[usize],
         expected: impl Into<String>,
     ) -> Self {
-        Self::Shape { operation, operand, found: found.to_vec(), expected: expected.into() }
+        Self::Shape {
+            operation,
+            operand,
+            found: found.to_vec(),
+            expected: expected.into(),
+        }
     }
 
     /// A value error.
@@ -80,6 +85,10 @@ impl OpError {
         operand: &'static str,
         reason: impl Into<String>,
     ) -> Self {
-        Self::Value { operation, operand, reason: reason.into() }
+        Self::Value {
+            operation,
+            operand,
+            reason: reason.into(),
+        }
     }
 }

@@ -10,6 +10,7 @@ mod error;
 mod tensor;
 mod weight;
 
+pub mod activation;
 pub mod attention;
 pub mod convert;
 pub mod hadamard;

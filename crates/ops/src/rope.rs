@@ -61,7 +61,11 @@ pub struct RopeConfig {
 
 /// `0.1 mscale ln(factor) + 1`, or 1 for `factor <= 1`.
 pub fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * mscale * factor.ln() + 1.0
+    }
 }
 
 impl RopeConfig {
@@ -70,13 +74,21 @@ impl RopeConfig {
         const OP: &str = "rope_table";
         let d = self.rotary_dim;
         if d == 0 || d % 2 != 0 {
-            return Err(OpError::value(OP, "rotary_dim", format!("is {d}, must be even and above 0")));
+            return Err(OpError::value(
+                OP,
+                "rotary_dim",
+                format!("is {d}, must be even and above 0"),
+            ));
         }
         let positive = |name: &'static str, v: f64| {
             if v.is_finite() && v > 0.0 {
                 return Ok(());
             }
-            Err(OpError::value(OP, name, format!("is {v}, must be finite and above 0")))
+            Err(OpError::value(
+                OP,
+                name,
+                format!("is {v}, must be finite and above 0"),
+            ))
         };
         positive("theta", self.theta)?;
         let base = |i: usize| self.theta.powf(-2.0 * i as f64 / d as f64);
@@ -88,7 +100,12 @@ impl RopeConfig {
                 (0..half).map(|i| base(i) / factor).collect()
             }
             RopeScaling::Yarn {
-                factor, original_max_position, beta_fast, beta_slow, truncate, ..
+                factor,
+                original_max_position,
+                beta_fast,
+                beta_slow,
+                truncate,
+                ..
             } => {
                 positive("factor", factor)?;
                 positive("original_max_position_embeddings", original_max_position)?;
@@ -147,8 +164,13 @@ impl RopeConfig {
 
     /// Factor on cos and sin (YaRN's attention factor), 1 for other kinds.
     pub fn attention_factor(&self) -> f64 {
-        let RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } =
-            self.scaling
+        let RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            mscale,
+            mscale_all_dim,
+            ..
+        } = self.scaling
         else {
             return 1.0;
         };
@@ -165,7 +187,9 @@ impl RopeConfig {
         let frequencies = self.inverse_frequencies()?;
         let factor = self.attention_factor();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        Ok(angles.map(|a| ((a.cos() * factor) as f32, (a.sin() * factor) as f32)).unzip())
+        Ok(angles
+            .map(|a| ((a.cos() * factor) as f32, (a.sin() * factor) as f32))
+            .unzip())
     }
 }
 
@@ -268,13 +292,22 @@ pub trait RopeOps: Device {
         const OP: &str = "rope";
         args.table.check(OP)?;
         let &[tokens, heads, head_dim] = args.x.dims() else {
-            return Err(OpError::shape(OP, "x", args.x.dims(), "[tokens, heads, head_dim]"));
+            return Err(OpError::shape(
+                OP,
+                "x",
+                args.x.dims(),
+                "[tokens, heads, head_dim]",
+            ));
         };
         check::float(OP, "x", args.x)?;
         check::dtype(OP, "positions", args.positions, DType::U32)?;
         check::dims(OP, "positions", args.positions, &[tokens])?;
         if args.offset + args.table.rotary_dim() > head_dim {
-            let expected = format!("head_dim >= {} + offset {}", args.table.rotary_dim(), args.offset);
+            let expected = format!(
+                "head_dim >= {} + offset {}",
+                args.table.rotary_dim(),
+                args.offset
+            );
             return Err(OpError::shape(OP, "x", args.x.dims(), expected));
         }
         if tokens == 0 || heads == 0 {
@@ -306,7 +339,10 @@ pub trait RopeOps: Device {
             [sequences, capacity, columns] => {
                 columns == width
                     && args.sequence < sequences
-                    && args.start.checked_add(tokens).is_some_and(|end| end <= capacity)
+                    && args
+                        .start
+                        .checked_add(tokens)
+                        .is_some_and(|end| end <= capacity)
             }
             _ => false,
         };
@@ -350,7 +386,11 @@ mod tests {
             mscale_all_dim: None,
             truncate: true,
         };
-        RopeConfig { theta, rotary_dim: d, scaling }
+        RopeConfig {
+            theta,
+            rotary_dim: d,
+            scaling,
+        }
     }
 
     #[test]
@@ -370,7 +410,12 @@ mod tests {
     fn yarn_attention_factors() {
         let mut config = yarn(40.0, 1e4, 64, 4096.0);
         assert!((config.attention_factor() - (0.1 * 40f64.ln() + 1.0)).abs() < 1e-15);
-        let RopeScaling::Yarn { mscale, mscale_all_dim, .. } = &mut config.scaling else {
+        let RopeScaling::Yarn {
+            mscale,
+            mscale_all_dim,
+            ..
+        } = &mut config.scaling
+        else {
             unreachable!()
         };
         (*mscale, *mscale_all_dim) = (Some(0.707), Some(0.707));
@@ -388,7 +433,11 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position: 8192.0,
         };
-        let config = RopeConfig { theta: 5e5, rotary_dim: 128, scaling };
+        let config = RopeConfig {
+            theta: 5e5,
+            rotary_dim: 128,
+            scaling,
+        };
         let f = config.inverse_frequencies().unwrap();
         let base = |i: usize| 5e5f64.powf(-2.0 * i as f64 / 128.0);
         assert_eq!(f[0], 1.0);
@@ -402,21 +451,54 @@ mod tests {
 
     #[test]
     fn tables_reduce_in_f64() {
-        let config = RopeConfig { theta: 1e6, rotary_dim: 64, scaling: RopeScaling::Default };
+        let config = RopeConfig {
+            theta: 1e6,
+            rotary_dim: 64,
+            scaling: RopeScaling::Default,
+        };
         let (cos, sin) = config.tables(4096).unwrap();
         assert_eq!((cos[0], sin[0]), (1.0, 0.0));
         assert_eq!(cos[4095 * 32], 4095f64.cos() as f32);
-        assert_eq!(sin[4095 * 32 + 1], (4095.0 * 1e6f64.powf(-2.0 / 64.0)).sin() as f32);
+        assert_eq!(
+            sin[4095 * 32 + 1],
+            (4095.0 * 1e6f64.powf(-2.0 / 64.0)).sin() as f32
+        );
     }
 
     #[test]
     fn bad_configurations_are_refused() {
-        let good = RopeConfig { theta: 1e4, rotary_dim: 64, scaling: RopeScaling::Default };
-        assert!(RopeConfig { rotary_dim: 63, ..good }.inverse_frequencies().is_err());
-        assert!(RopeConfig { theta: 0.0, ..good }.inverse_frequencies().is_err());
-        assert!(RopeConfig { theta: f64::NAN, ..good }.inverse_frequencies().is_err());
+        let good = RopeConfig {
+            theta: 1e4,
+            rotary_dim: 64,
+            scaling: RopeScaling::Default,
+        };
+        assert!(
+            RopeConfig {
+                rotary_dim: 63,
+                ..good
+            }
+            .inverse_frequencies()
+            .is_err()
+        );
+        assert!(
+            RopeConfig { theta: 0.0, ..good }
+                .inverse_frequencies()
+                .is_err()
+        );
+        assert!(
+            RopeConfig {
+                theta: f64::NAN,
+                ..good
+            }
+            .inverse_frequencies()
+            .is_err()
+        );
         let scaling = RopeScaling::Linear { factor: 0.0 };
-        assert!(RopeConfig { scaling, ..good }.inverse_frequencies().is_err());
+        assert!(
+            RopeConfig { scaling, ..good }
+                .inverse_frequencies()
+                .is_err()
+        );
         assert!(yarn(-1.0, 1e4, 64, 4096.0).inverse_frequencies().is_err());
     }
 }

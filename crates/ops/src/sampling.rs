@@ -43,7 +43,12 @@ pub struct SampleFilter {
 
 impl SampleFilter {
     /// No filter.
-    pub const NONE: Self = Self { top_k: None, top_p: None, min_p: None, typical: None };
+    pub const NONE: Self = Self {
+        top_k: None,
+        top_p: None,
+        min_p: None,
+        typical: None,
+    };
 }
 
 /// Processes one row of logits in place.
@@ -143,18 +148,31 @@ pub fn check_filter(filter: &SampleFilter) -> Result<()> {
     }
     for (name, value) in [("top_p", filter.top_p), ("min_p", filter.min_p)] {
         if let Some(v) = value.filter(|v| !(0.0..=1.0).contains(v)) {
-            return Err(OpError::value(OP, name, format!("is {v}, must be in [0, 1]")));
+            return Err(OpError::value(
+                OP,
+                name,
+                format!("is {v}, must be in [0, 1]"),
+            ));
         }
     }
     if let Some(v) = filter.typical.filter(|v| !(*v > 0.0 && *v < 1.0)) {
-        return Err(OpError::value(OP, "typical", format!("is {v}, must be in (0, 1)")));
+        return Err(OpError::value(
+            OP,
+            "typical",
+            format!("is {v}, must be in (0, 1)"),
+        ));
     }
     Ok(())
 }
 
 fn check_vocabulary<D: Device>(operation: &'static str, logits: &Tensor<D>) -> Result<()> {
     if logits.columns() == 0 {
-        return Err(OpError::shape(operation, "logits", logits.dims(), "at least one column"));
+        return Err(OpError::shape(
+            operation,
+            "logits",
+            logits.dims(),
+            "at least one column",
+        ));
     }
     Ok(())
 }

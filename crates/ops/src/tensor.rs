@@ -18,11 +18,21 @@ pub struct Shape {
 impl Shape {
     /// A shape of at most [`MAX_RANK`] dimensions whose element count fits in `usize`.
     pub fn new(dims: &[usize]) -> Result<Self> {
-        let count = dims.iter().try_fold(1usize, |product, &d| product.checked_mul(d));
+        let count = dims
+            .iter()
+            .try_fold(1usize, |product, &d| product.checked_mul(d));
         if dims.len() > MAX_RANK || count.is_none() {
-            return Err(OpError::shape("shape", "dims", dims, "at most 4 dimensions, no overflow"));
+            return Err(OpError::shape(
+                "shape",
+                "dims",
+                dims,
+                "at most 4 dimensions, no overflow",
+            ));
         }
-        let mut shape = Self { dims: [0; MAX_RANK], rank: dims.len() };
+        let mut shape = Self {
+            dims: [0; MAX_RANK],
+            rank: dims.len(),
+        };
         shape.dims[..dims.len()].copy_from_slice(dims);
         Ok(shape)
     }
@@ -56,7 +66,12 @@ pub struct Tensor<D: Device> {
 impl<D: Device> Tensor<D> {
     /// Wraps a buffer of exactly `shape` elements; called by devices.
     pub fn from_buffer(buffer: D::Buffer, shape: Shape, dtype: DType) -> Self {
-        Self { buffer, shape, dtype, capacity: shape.elements() }
+        Self {
+            buffer,
+            shape,
+            dtype,
+            capacity: shape.elements(),
+        }
     }
 
     /// The device buffer.
@@ -150,27 +165,51 @@ impl HostTensor {
             .checked_mul(dtype.size_in_bytes())
             .and_then(|n| n.checked_add(start));
         if needed.is_none_or(|n| n > (*bytes).as_ref().len()) {
-            return Err(OpError::shape("host tensor", "bytes", dims, "a buffer that holds the shape"));
+            return Err(OpError::shape(
+                "host tensor",
+                "bytes",
+                dims,
+                "a buffer that holds the shape",
+            ));
         }
-        Ok(Self { dtype, shape, bytes, start })
+        Ok(Self {
+            dtype,
+            shape,
+            bytes,
+            start,
+        })
     }
 
     /// An owned f32 tensor.
     pub fn from_f32(dims: &[usize], values: &[f32]) -> Result<Self> {
-        Self::owned(DType::F32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        Self::owned(
+            DType::F32,
+            dims,
+            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        )
     }
 
     /// An owned u32 tensor.
     pub fn from_u32(dims: &[usize], values: &[u32]) -> Result<Self> {
-        Self::owned(DType::U32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        Self::owned(
+            DType::U32,
+            dims,
+            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        )
     }
 
     /// An owned tensor of the given float dtype, each value rounded once (RNE).
     pub fn from_f32_as(dtype: DType, dims: &[usize], values: &[f32]) -> Result<Self> {
         let bytes = match dtype {
             DType::F32 => return Self::from_f32(dims, values),
-            DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-            DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            DType::F16 => values
+                .iter()
+                .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+                .collect(),
+            DType::BF16 => values
+                .iter()
+                .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
+                .collect(),
             found => {
                 return Err(OpError::DType {
                     operation: "host tensor",
@@ -186,7 +225,12 @@ impl HostTensor {
     fn owned(dtype: DType, dims: &[usize], bytes: Vec<u8>) -> Result<Self> {
         let shape = Shape::new(dims)?;
         if bytes.len() != shape.elements() * dtype.size_in_bytes() {
-            return Err(OpError::shape("host tensor", "values", dims, "as many values as the shape"));
+            return Err(OpError::shape(
+                "host tensor",
+                "values",
+                dims,
+                "as many values as the shape",
+            ));
         }
         Self::new(dtype, dims, Arc::new(bytes), 0)
     }

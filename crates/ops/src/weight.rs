@@ -24,7 +24,12 @@ impl Weight {
     /// A dense `[out_features, in_features]` weight.
     pub fn dense(values: HostTensor) -> Result<Self> {
         if values.dims().len() != 2 {
-            return Err(OpError::shape("weight", "values", values.dims(), "[out, in]"));
+            return Err(OpError::shape(
+                "weight",
+                "values",
+                values.dims(),
+                "[out, in]",
+            ));
         }
         if !matches!(values.dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(OpError::DType {
@@ -34,19 +39,30 @@ impl Weight {
                 expected: "F32, F16 or BF16",
             });
         }
-        Ok(Self { data: WeightData::Dense(values), bias: None })
+        Ok(Self {
+            data: WeightData::Dense(values),
+            bias: None,
+        })
     }
 
     /// A quantized weight; its buffers are validated.
     pub fn quantized(matrix: QuantizedMatrix) -> Result<Self> {
         matrix.validate()?;
-        Ok(Self { data: WeightData::Quantized(matrix), bias: None })
+        Ok(Self {
+            data: WeightData::Quantized(matrix),
+            bias: None,
+        })
     }
 
     /// The same weight with a bias `[out_features]`.
     pub fn with_bias(mut self, bias: Vec<f32>) -> Result<Self> {
         if bias.len() != self.out_features() {
-            return Err(OpError::shape("weight", "bias", &[bias.len()], "[out_features]"));
+            return Err(OpError::shape(
+                "weight",
+                "bias",
+                &[bias.len()],
+                "[out_features]",
+            ));
         }
         self.bias = Some(bias);
         Ok(self)
@@ -174,7 +190,13 @@ impl<D: Device> ExpertStack<D> {
         }
         let count = experts.len();
         let data = device.prepare_experts(experts)?;
-        Ok(Self { hidden, intermediate, count, size_in_bytes, data })
+        Ok(Self {
+            hidden,
+            intermediate,
+            count,
+            size_in_bytes,
+            data,
+        })
     }
 
     /// Model width.

@@ -1,0 +1,62 @@
+//! Activations as int8 for dot-product instructions: the one definition of what the fast CPU mode rounds.
+
+use marlin_formats::{Format, Scheme};
+
+/// Consecutive channels that share one activation scale.
+pub const ACTIVATION_BLOCK: usize = 32;
+
+/// Quantizes one block of at most [`ACTIVATION_BLOCK`] values symmetrically: `scale = amax / 127`,
+/// `code = rint(x * (127 / amax))`, both in f32. Returns the scale: 0 for an all-zero block, NaN when a value is not
+/// finite, so that it reaches the output.
+pub fn quantize_activation_block(x: &[f32], codes: &mut [i8]) -> f32 {
+    let amax = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    if amax == 0.0 && !x.iter().any(|v| v.is_nan()) {
+        codes[..x.len()].fill(0);
+        return 0.0;
+    }
+    if !x.iter().all(|v| v.is_finite()) {
+        codes[..x.len()].fill(0);
+        return f32::NAN;
+    }
+    let inverse = 127.0 / amax;
+    for (code, v) in codes.iter_mut().zip(x) {
+        *code = (v * inverse).round_ties_even() as i8;
+    }
+    amax / 127.0
+}
+
+/// True for the schemes whose codes are small integers (times a constant), which the fast mode multiplies with int8
+/// activations; all others take f32 activations in both modes.
+pub fn takes_int8_activations(scheme: &Scheme) -> bool {
+    let integer_codes = matches!(
+        scheme.format,
+        Format::Fp4E2m1
+            | Format::Nvfp4
+            | Format::Mxfp4
+            | Format::Int4U4
+            | Format::Int4S4
+            | Format::Int8
+            | Format::Int8Asym
+            | Format::Int3
+            | Format::Int2
+    );
+    let aligned = scheme.group_size % ACTIVATION_BLOCK == 0 || scheme.format == Format::Nvfp4;
+    integer_codes && aligned
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn block_codes() {
+        let mut codes = [9i8; 5];
+        let scale = quantize_activation_block(&[1.0, -2.0, 0.5, 0.0, 1.984], &mut codes);
+        assert_eq!(scale, 2.0 / 127.0);
+        assert_eq!(codes, [64, -127, 32, 0, 126]);
+        assert_eq!(quantize_activation_block(&[0.0, -0.0], &mut codes), 0.0);
+        assert_eq!(codes[..2], [0, 0]);
+        assert!(quantize_activation_block(&[1.0, f32::NAN], &mut codes).is_nan());
+        assert!(quantize_activation_block(&[f32::INFINITY, 1.0], &mut codes).is_nan());
+    }
+}
