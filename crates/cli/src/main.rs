@@ -1,2 +1,78 @@
-//! The `marlin` command line.
-fn main() {}
+//! The `marlin` command line: one file per command in `commands`.
+
+mod args;
+mod bundled;
+mod calibration;
+mod commands;
+mod device;
+mod session;
+mod usage;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Run, quantize and measure mixture-of-experts language models at 2 to 8 bits.
+#[derive(Parser)]
+#[command(name = "marlin", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text
+    Generate(commands::generate::GenerateArgs),
+    /// Talk with a model
+    Chat(commands::chat::ChatArgs),
+    /// Write a quantized copy of a model
+    Quantize(commands::quantize::QuantizeArgs),
+    /// Show a model's architecture, tensors, formats, bits per weight and memory
+    Inspect(commands::inspect::InspectArgs),
+    /// Measure the perplexity of a text
+    Perplexity(commands::perplexity::PerplexityArgs),
+    /// Write the logits of given tokens to a safetensors file
+    Logits(commands::logits::LogitsArgs),
+    /// Write random weights in a real architecture, for benchmarks
+    Synth(commands::synth::SynthArgs),
+    /// Time prefill and decode
+    Bench(commands::bench::BenchArgs),
+    /// Compare every operation of a device with the f64 oracle
+    Verify(commands::verify::VerifyArgs),
+    /// List the devices of this machine
+    Devices(commands::devices::DevicesArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Quantize(args) => commands::quantize::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Perplexity(args) => commands::perplexity::run(args),
+        Command::Logits(args) => commands::logits::run(args),
+        Command::Synth(args) => commands::synth::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Verify(args) => commands::verify::run(args),
+        Command::Devices(args) => commands::devices::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("marlin: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `marlin ... | head` closes our stdout; that is the reader's choice, not a failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}

@@ -1,0 +1,94 @@
+//! `marlin chat`: a conversation on the terminal.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use marlin_models::{ChatMessage, ChatTemplate, GenerationConfig, StreamDecoder, Tokenizer};
+
+use crate::args::{DeviceArgs, ModelArgs, SamplingArgs};
+use crate::session::{Sampler, Session, tokens_per_second};
+use crate::{bundled, device};
+
+/// Arguments of `marlin chat`.
+#[derive(Args)]
+pub struct ChatArgs {
+    /// Instructions that stand before the conversation
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Reads messages line by line and streams the answers; `/new` starts over, end of input leaves.
+pub fn run(args: ChatArgs) -> Result<()> {
+    let backend = device::open(&args.device)?;
+    let dir = bundled::model_dir(args.model.model.as_deref())?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let template = ChatTemplate::from_dir(&dir)?;
+    let mut session = Session::open(backend, &dir, &args.model)?;
+    let defaults = GenerationConfig::from_dir(&dir)?;
+    let eos = defaults.eos_ids(session.model().config());
+    let sampler = Sampler::new(&args.sampling, &defaults, eos);
+
+    let interactive = std::io::stdin().is_terminal();
+    if interactive {
+        eprintln!("One message a line; /new starts over, /exit or Ctrl-D leaves.");
+    }
+    let system = || args.system.iter().map(|text| ChatMessage::new("system", text));
+    let mut messages: Vec<ChatMessage> = system().collect();
+    let mut cached: Vec<u32> = Vec::new();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if interactive {
+            eprint!("> ");
+        }
+        let Some(line) = lines.next() else { break };
+        let line = line.context("standard input")?;
+        match line.trim() {
+            "" => continue,
+            "/exit" => break,
+            "/new" => {
+                messages = system().collect();
+                continue;
+            }
+            text => messages.push(ChatMessage::new("user", text)),
+        }
+        let ids = tokenizer.encode(&template.render(&messages, true)?, false)?;
+        if ids.len() >= session.model().context() {
+            bail!(
+                "the conversation has {} tokens, the context holds {}: start over with /new",
+                ids.len(),
+                session.model().context()
+            );
+        }
+        // Keep what the cache already holds of this conversation; the last token must be fed to get its logits.
+        let shared = cached.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+        session.truncate(shared.min(ids.len() - 1))?;
+
+        let mut decoder = StreamDecoder::new(&tokenizer);
+        let mut answer = String::new();
+        let mut stdout = std::io::stdout();
+        let mut emit = |piece: &str| -> Result<()> {
+            answer.push_str(piece);
+            write!(stdout, "{piece}")?;
+            Ok(stdout.flush()?)
+        };
+        let generation = session.generate(&ids, &sampler, |id| emit(&decoder.push(id)?))?;
+        emit(&decoder.finish()?)?;
+        println!();
+        if interactive {
+            let decode = tokens_per_second(generation.decode_tokens, generation.decode_time);
+            eprintln!("[{} tokens at {decode:.0} tokens/s]", generation.tokens.len());
+        }
+        cached = ids;
+        cached.extend(&generation.tokens);
+        cached.truncate(session.cached());
+        messages.push(ChatMessage::new("assistant", answer.trim()));
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! `marlin devices`: what this machine and build can run on.
+
+use anyhow::Result;
+use clap::Args;
+use marlin_cpu::{Cpu, CpuOptions};
+use serde_json::json;
+
+/// Arguments of `marlin devices`.
+#[derive(Args)]
+pub struct DevicesArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists the devices.
+pub fn run(args: DevicesArgs) -> Result<()> {
+    let cpu = Cpu::new(CpuOptions::default())?;
+    let (isa, threads) = (cpu.isa().name(), cpu.threads());
+    if args.json {
+        let device = json!({ "name": "cpu", "instructions": isa, "threads": threads });
+        println!("{}", json!({ "devices": [device] }));
+    } else {
+        println!("cpu    {isa}, {threads} threads");
+    }
+    Ok(())
+}

@@ -1,0 +1,49 @@
+//! `marlin logits`: the logits of given tokens, for comparison with other implementations.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use marlin_formats::DType;
+use safetensors::tensor::TensorView;
+
+use crate::args::{CacheType, DeviceArgs};
+use crate::session::Session;
+use crate::{bundled, device};
+
+/// Arguments of `marlin logits`.
+#[derive(Args)]
+pub struct LogitsArgs {
+    /// Model folder [default: the bundled story model]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Token ids, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
+    tokens: Vec<u32>,
+    /// Safetensors file to write: tensor `logits`, F32 [tokens, vocab]
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Element type of the KV cache
+    #[arg(long, value_enum, default_value = "f32")]
+    kv: CacheType,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Runs the tokens through the model and writes every row of logits.
+pub fn run(args: LogitsArgs) -> Result<()> {
+    let backend = device::open(&args.device)?;
+    let dir = bundled::model_dir(args.model.as_deref())?;
+    let context = Some(args.tokens.len());
+    let mut session = Session::open_with(backend, &dir, context, DType::from(args.kv))?;
+    let vocab = session.model().config().vocab_size;
+    if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
+        bail!("--tokens: {id} is outside the vocabulary of {vocab}");
+    }
+    let logits = session.all_logits(&args.tokens)?;
+    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view =
+        TensorView::new(safetensors::Dtype::F32, vec![args.tokens.len(), vocab], &bytes)?;
+    let file = safetensors::serialize([("logits", view)], None)?;
+    std::fs::write(&args.output, file).with_context(|| format!("{}", args.output.display()))
+}

@@ -1,0 +1,94 @@
+//! `marlin verify`: every operation of a device against the f64 oracle.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use marlin_conformance::{Report, VerifyOptions};
+use marlin_cpu::Cpu;
+use serde_json::json;
+
+use crate::args::{DeviceArgs, DeviceKind, at_least_one};
+use crate::device;
+
+/// Arguments of `marlin verify`.
+#[derive(Args)]
+pub struct VerifyArgs {
+    /// Device to verify
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceKind,
+    /// Only this family (linear, norm, rope, attention, moe, hadamard, sampling, convert)
+    #[arg(long, value_name = "F")]
+    family: Option<String>,
+    /// Only operations whose name contains this
+    #[arg(long, value_name = "NAME")]
+    kernel: Option<String>,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    threads: Option<usize>,
+    /// Print one JSON object with every result
+    #[arg(long)]
+    json: bool,
+}
+
+/// Verifies the exact and the fast mode; any failure makes the exit status 1.
+pub fn run(args: VerifyArgs) -> Result<()> {
+    let open = |exact| -> Result<Arc<Cpu>> {
+        device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })
+    };
+    if let Some(family) = &args.family
+        && !marlin_conformance::FAMILIES.contains(&family.as_str())
+    {
+        bail!("unknown family `{family}`; the families are {}", marlin_conformance::FAMILIES.join(", "));
+    }
+    let options = VerifyOptions {
+        family: args.family.clone(),
+        operation: args.kernel.clone(),
+        ..VerifyOptions::default()
+    };
+    let mut report = marlin_conformance::verify(&*open(true)?, &options);
+    let int8 = VerifyOptions { int8_activations: true, ..options };
+    report.extend(marlin_conformance::verify(&*open(false)?, &int8));
+    if report.results.is_empty() {
+        bail!("no operation matches");
+    }
+    if args.json {
+        println!("{}", json!(report));
+    } else {
+        print_summary(&report);
+    }
+    if report.failed > 0 {
+        bail!("{} of {} checks failed", report.failed, report.results.len());
+    }
+    Ok(())
+}
+
+/// One line per operation, then every failure.
+fn print_summary(report: &Report) {
+    let mut operations: BTreeMap<(&str, &str), (usize, usize, f64)> = BTreeMap::new();
+    for result in &report.results {
+        let entry = operations.entry((&result.family, &result.operation)).or_default();
+        entry.0 += usize::from(result.passed);
+        entry.1 += 1;
+        if result.tolerance > 0.0 {
+            entry.2 = entry.2.max(result.max_error / result.tolerance);
+        }
+    }
+    println!("{:<12} {:<28} {:>13}  largest error / tolerance", "family", "operation", "passed");
+    for ((family, operation), (passed, total, share)) in operations {
+        println!("{family:<12} {operation:<28} {passed:>6}/{total:<6}  {share:.3}");
+    }
+    for result in report.results.iter().filter(|r| !r.passed) {
+        println!(
+            "FAILED {} {} [{}]: error {:e}, tolerance {:e} {}",
+            result.family,
+            result.operation,
+            result.configuration,
+            result.max_error,
+            result.tolerance,
+            result.error.as_deref().unwrap_or(""),
+        );
+    }
+    println!("{}: {} passed, {} failed", report.device, report.passed, report.failed);
+}
