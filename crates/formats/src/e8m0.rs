@@ -36,10 +36,7 @@ pub fn decode(byte: u8) -> Result<f32, FormatError> {
 pub fn scale_byte(amax: f32, rule: ScaleRule) -> u8 {
     let bits = amax.to_bits();
     let exponent = (bits >> 23) as i32 & 0xFF;
-    if exponent == 0 {
-        // Zero or an f32 subnormal: at least two binades below the smallest scale.
-        return 0;
-    }
     let bump = rule == ScaleRule::Bump && bits & 0x007F_FFFF >= 0x0060_0000;
-    (exponent - 2 + i32::from(bump)).clamp(0, 254) as u8
+    // Zero and f32 subnormals have exponent 0 and end at the lower clamp; the upper is out of reach.
+    (exponent - 2 + i32::from(bump)).max(0) as u8
 }

@@ -47,9 +47,6 @@ pub fn decode(code: u8) -> f32 {
 pub fn fit_search(group: &[f32]) -> Result<Group, FormatError> {
     let format = Format::Fp4E2m1;
     let mut best = format.fit(group, None)?;
-    if best.scale == 0.0 {
-        return Ok(best);
-    }
     let ideal = group.iter().fold(0.0f32, |amax, w| amax.max(w.abs())) / MAX;
     let mut least = squared_error(format, group, &best);
     for j in 1..SEARCH_CANDIDATES {

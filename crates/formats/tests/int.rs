@@ -1,4 +1,6 @@
 //! INT4 (U4, S4), INT8, INT3 and INT2: codes and the vectors of the format document.
+// Expected values are written with every digit of their exact decimal expansion.
+#![allow(clippy::excessive_precision)]
 
 mod common;
 

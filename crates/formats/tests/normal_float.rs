@@ -1,4 +1,6 @@
 //! NF4, NF3 and NF2: level tables, midpoint rule and the document's vectors.
+// Expected values are written with every digit of their exact decimal expansion.
+#![allow(clippy::excessive_precision)]
 
 mod common;
 
@@ -54,58 +56,78 @@ fn check_values(format: Format, levels: &[u32]) {
     }
 }
 
+/// The document prints levels and midpoints in decimal, exact to one f32 ulp below 1.
+fn assert_printed(value: f32, printed: f64) {
+    assert!(
+        (f64::from(value) - printed).abs() <= 2f64.powi(-24),
+        "{value} {printed}"
+    );
+}
+
 #[test]
-fn tables_agree_with_the_decimal_levels() {
-    let nf4: [f32; 16] = [
+fn tables_agree_with_the_printed_levels() {
+    let nf4 = [
         -1.0,
-        -0.696_192_8,
-        -0.525_073_05,
-        -0.394_917_5,
-        -0.284_441_38,
-        -0.184_773_43,
-        -0.091_050_04,
+        -0.69619280,
+        -0.52507305,
+        -0.39491749,
+        -0.28444138,
+        -0.18477343,
+        -0.09105004,
         0.0,
-        0.079_580_3,
-        0.160_930_2,
-        0.246_112_3,
-        0.337_915_24,
-        0.440_709_83,
-        0.562_617,
-        0.722_956_84,
+        0.07958030,
+        0.16093020,
+        0.24611230,
+        0.33791524,
+        0.44070983,
+        0.56261700,
+        0.72295684,
         1.0,
     ];
-    let nf3: [f32; 4] = [0.102_541_28, 0.318_603_65, 0.578_276_96, 1.0];
-    assert_eq!(normal_float::NF4, nf4);
-    for (i, level) in nf3.into_iter().enumerate() {
-        assert_eq!(
-            (normal_float::NF3[4 + i], normal_float::NF3[3 - i]),
-            (level, -level)
-        );
+    for (level, printed) in normal_float::NF4.into_iter().zip(nf4) {
+        assert_printed(level, printed);
     }
-    assert_eq!(normal_float::NF2, [-1.0, -0.276_993_55, 0.276_993_55, 1.0]);
+    for (i, printed) in [0.10254128, 0.31860365, 0.57827696, 1.0]
+        .into_iter()
+        .enumerate()
+    {
+        assert_printed(normal_float::NF3[4 + i], printed);
+        assert_eq!(normal_float::NF3[3 - i], -normal_float::NF3[4 + i]);
+    }
+    for (i, printed) in [0.27699355, 1.0].into_iter().enumerate() {
+        assert_printed(normal_float::NF2[2 + i], printed);
+        assert_eq!(normal_float::NF2[1 - i], -normal_float::NF2[2 + i]);
+    }
 }
 
 #[test]
 fn midpoints_go_to_the_lower_code() {
-    let nf2_mids: [f32; 3] = [-0.638_496_8, 0.0, 0.638_496_8];
-    let nf3_mids: [f32; 7] = [
-        -0.789_138_46,
-        -0.448_440_31,
-        -0.210_572_47,
+    let nf2 = check_midpoints(&normal_float::NF2);
+    for (mid, printed) in nf2.into_iter().zip([-0.6384968, 0.0, 0.6384968]) {
+        assert_printed(mid, printed);
+    }
+    let printed = [
+        -0.78913846,
+        -0.44844031,
+        -0.21057247,
         0.0,
-        0.210_572_47,
-        0.448_440_31,
-        0.789_138_46,
+        0.21057247,
+        0.44844031,
+        0.78913846,
     ];
-    check_midpoints(&normal_float::NF2, &nf2_mids);
-    check_midpoints(&normal_float::NF3, &nf3_mids);
-    let nf4 = normal_float::NF4;
-    let nf4_mids: Vec<f32> = (0..15).map(|j| (nf4[j] + nf4[j + 1]) / 2.0).collect();
-    check_midpoints(&nf4, &nf4_mids);
+    for (mid, printed) in check_midpoints(&normal_float::NF3).into_iter().zip(printed) {
+        assert_printed(mid, printed);
+    }
+    check_midpoints(&normal_float::NF4);
 }
 
-fn check_midpoints(levels: &[f32], midpoints: &[f32]) {
-    for (code, &mid) in (0u8..).zip(midpoints) {
+/// Checks the codes at and on both sides of every f32 midpoint, and returns the midpoints.
+fn check_midpoints(levels: &[f32]) -> Vec<f32> {
+    let midpoints: Vec<f32> = levels
+        .windows(2)
+        .map(|pair| (pair[0] + pair[1]) / 2.0)
+        .collect();
+    for (code, &mid) in (0u8..).zip(&midpoints) {
         assert_eq!(normal_float::encode(levels, mid), code, "{mid}");
         assert_eq!(
             normal_float::encode(levels, mid.next_down()),
@@ -121,6 +143,7 @@ fn check_midpoints(levels: &[f32], midpoints: &[f32]) {
     let top = levels.len() as u8 - 1;
     assert_eq!(normal_float::encode(levels, 1e9), top);
     assert_eq!(normal_float::encode(levels, -1e9), 0);
+    midpoints
 }
 
 #[test]
