@@ -86,8 +86,9 @@ impl Format {
             Format::Fp4E2m1 => fp4::MAX,
             Format::Int4S4 => 7.0,
             Format::Int8 => 127.0,
-            Format::Fp8E4m3 => fp8::e4m3::MAX,
-            Format::Fp8E5m2 => fp8::e5m2::MAX,
+            // E5M2 shares the E4M3 divisor: dividing by its own 57344 would push the f16 scale of ordinary
+            // weights into coarse subnormals, and its exponent range has room to spare.
+            Format::Fp8E4m3 | Format::Fp8E5m2 => fp8::e4m3::MAX,
             Format::Int3 => 3.5,
             Format::Int2 => 1.5,
             Format::Nf4 | Format::Nf3 | Format::Nf2 => 1.0,

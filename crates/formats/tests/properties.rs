@@ -77,7 +77,7 @@ fn levels(format: Format) -> Vec<f32> {
 
 /// Half of the largest gap between levels, and the magnitude up to which no weight is clipped.
 ///
-/// The gaps: E2M1 4..6; S4, U4, INT8, INT3, INT2 1; E4M3 416..448; E5M2 49152..57344; NF4
+/// The gaps: E2M1 4..6; S4, U4, INT8, INT3, INT2 1; E4M3 416..448; E5M2 384..448; NF4
 /// -1..-0.69619; NF3 0.57828..1; NF2 0.27699..1. For the asymmetric formats the second number is
 /// the distance between the ends of the grid.
 fn half_gap_and_reach(format: Format) -> (f32, f32) {
@@ -88,7 +88,7 @@ fn half_gap_and_reach(format: Format) -> (f32, f32) {
         Format::Int8 => (0.5, 127.0),
         Format::Int8Asym => (0.5, 255.0),
         Format::Fp8E4m3 => (16.0, 448.0),
-        Format::Fp8E5m2 => (4096.0, 57344.0),
+        Format::Fp8E5m2 => (32.0, 448.0),
         Format::Int3 => (0.5, 3.5),
         Format::Int2 => (0.5, 1.5),
         Format::Nf4 => (0.151_904, 1.0),
