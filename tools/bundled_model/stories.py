@@ -39,6 +39,9 @@ FEAR_PLACES = {"deep water": {"the lake", "the river", "the beach"}, "the tall s
                "high places": {"the hill", "the forest", "the playground", "the valley", "the harbor"}, "thunder": OUTDOORS, "big dogs": OUTDOORS | {"the market"},
                "the dark": OUTDOORS | {"the barn"}}
 
+# Plots whose only day is the one that the shared step sets, so that the opening may set it.
+DAY_OPENING_PLOTS = ("lost_object", "found_object", "new_friend", "lost_baby")
+
 # What a request may ask of the story, and what may be asked about it afterwards.
 TOPICS = {
     "lost_object": ["who loses a [O]", "and a lost [o]"], "found_object": ["who finds a [O]", "and a [O] that belongs to someone else"],
@@ -107,8 +110,12 @@ class Story:
 
     def _pick_name(self, kind, gender, taken):
         while True:
-            if self.rng.random() < 0.08:
-                name = self.rng.choice(words.SYLLABLE_START) + self.rng.choice(words.SYLLABLE_MIDDLE) + self.rng.choice(words.SYLLABLE_END)
+            kind_of_name = self.rng.random()
+            if kind_of_name < 0.07:
+                name = self.rng.choice(words.GIRL_NAMES + words.BOY_NAMES + words.ANIMAL_NAMES) + self.rng.choice(words.NAME_ENDINGS)
+            elif kind_of_name < 0.2:
+                middle = "".join(self.rng.choice(words.SYLLABLE_MIDDLE) for _ in range(self.rng.choice([1, 1, 2])))
+                name = self.rng.choice(words.SYLLABLE_START) + middle + self.rng.choice(words.SYLLABLE_END)
             elif kind == "animal" and self.rng.random() < 0.7:
                 name = self.rng.choice(words.ANIMAL_NAMES)
             else:
@@ -135,7 +142,7 @@ class Story:
         f["A"] = name
         self._person("", gender)
         species = None if child else rng.choice(words.ANIMALS)
-        f["noun"] = ("girl" if gender == "f" else "boy") if child else species[0]
+        f["noun"] = self._child_noun(gender) if child else species[0]
         f["hands"] = "hands" if child else species[1]
         f["hand"] = SINGULAR[f["hands"]]
         f["place"], f["pin"] = place[0], f"{place[1]} {place[0]}"
@@ -148,6 +155,11 @@ class Story:
         f["fear"], f["fmoment"], f["fstep1"], f["fstep2"], f["fresult"] = fear
         self._friend(child, species)
         self._relatives()
+
+    def _child_noun(self, gender):
+        if self.rng.random() < 0.07:
+            return "princess" if gender == "f" else "prince"
+        return "girl" if gender == "f" else "boy"
 
     def _friend(self, child, species):
         rng, f = self.rng, self.facts
@@ -170,10 +182,10 @@ class Story:
     def _relatives(self):
         rng, f = self.rng, self.facts
         word, call, gender = rng.choice(words.RELATIVES)
-        f["P"], f["Pcall"] = f"[his] {word}", call
+        f["P"], f["Pword"], f["Pcall"] = f"[his] {word}", word, call
         self._person("p", gender)
         other, _, gender = rng.choice([r for r in words.RELATIVES if r[1] != call and "r" in r[0]])
-        f["r2"] = f"[his] {other}"
+        f["r2"], f["r2word"] = f"[his] {other}", other
         self._person("r2", gender)
         (intro, short, gender), (intro2, short2, gender2) = rng.sample(words.ELDERS, 2)
         f["Ei"], f["E"] = intro + ("," if "," in intro else ""), short
@@ -189,7 +201,7 @@ class Story:
         adjective = rng.choice(fitting)
         if adjective in words.COLORS and rng.random() < 0.2:
             extra = rng.choice([a for a in words.QUALITIES if a not in unfit.split() and a != "bright"])
-            adjective = f"{extra} {adjective}"
+            adjective = f"{adjective} {extra}" if extra in ("wooden", "striped") else f"{extra} {adjective}"
         f["o"], f["O"], f["use"] = noun, f"{adjective} {noun}", use
         (f["foodfull"], f["food"], _), (f["food2full"], _, _) = rng.sample(words.FOODS, 2)
         f["baby"], f["parent"], f["where"] = rng.choice(words.BABIES)
@@ -221,9 +233,14 @@ class Story:
         if name in self.facts:
             return self.expand(self.facts[name])
         value = self.expand(self.facts[name[0].lower() + name[1:]])
-        return value[0].upper() + value[1:]
+        return capital(value)
 
     def _step(self, name):
+        if name == "OPEN" and self.plot in DAY_OPENING_PLOTS and self.rng.random() < 0.25:
+            name = "OPEN_DAY"
+            self.used.add("day")
+        elif name == "DAY" and "day" in self.used:
+            name = "DAY_SAME"
         fresh = [t for t in SHARED[name] if (name, t) not in self.used]
         choice = self.rng.choice(fresh)
         if choice:
@@ -250,10 +267,14 @@ class Story:
         """The story as text, paragraphs separated by a newline."""
         paragraphs = []
         for steps in PLOTS[self.plot]["paragraphs"]:
-            text = tidy(" ".join(self.expand(self.rng.choice(step)) for step in steps))
+            text = tidy(" ".join(capital(self.expand(self.rng.choice(step)).lstrip()) for step in steps))
             if text:
                 paragraphs.append(text)
         return "\n".join(paragraphs)
+
+
+def capital(text):
+    return text[:1].upper() + text[1:]
 
 
 def tidy(text):
@@ -351,7 +372,7 @@ def main():
     out = open(args.out, "w", encoding="utf-8") if args.out else sys.stdout
     written, index = 0, args.start
     while (args.count is None or index < args.start + args.count) and (args.bytes is None or written < args.bytes):
-        text = document(args.split, index, args.chat_share) + "\n"
+        text = document(args.split, index, args.chat_share)
         out.write(text)
         written += len(text.encode())
         index += 1

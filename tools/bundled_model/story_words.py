@@ -23,6 +23,8 @@ Peanut Puddle Rocket Smoky Snowy Socks Tumble Twig Wiggles Chestnut Bo Coco Dot 
 SYLLABLE_START = "Ba Be Bri Ca Cle Da Do Dre El Fa Fi Fro Ga Gle Ha Ho Il Ja Ju Ka Ki La Li Lo Ma Me Mi Na Ne Ni Or Pa Pe Po Qui Ra Re Ro Sa Se Shi Ta Te Tri Ul Va Ve Wi Xa Ya Yo Za Ze".split()
 SYLLABLE_MIDDLE = ["", "", "la", "ri", "no", "mi", "da", "ve", "lo", "ka", "bi", "ro", "se"]
 SYLLABLE_END = "n na la ra vi to lin mar del ska ndo ry bo sha tte lo x mo ssa ll rk".split()
+# Endings that turn a known name into a new one.
+NAME_ENDINGS = "bel ndel lina son wick ton ria mund ette kin ley vin dra line bert a ie o us x".split()
 
 # species: (noun, what it has for hands, home, foods it likes)
 ANIMALS = [
@@ -30,7 +32,7 @@ ANIMALS = [
     ("bear", "paws", "a warm cave", "golden honey"), ("mouse", "paws", "a tiny hole under the stairs", "crumbs of cheese"),
     ("hedgehog", "paws", "a nest of leaves", "juicy apples"), ("squirrel", "paws", "a hollow oak tree", "crunchy acorns"),
     ("duck", "wings", "a nest in the reeds", "bits of bread"), ("kitten", "paws", "a basket by the stove", "warm milk"),
-    ("puppy", "paws", "a little wooden house", "crispy biscuits"), ("frog", "hands", "a green lily pad", "fresh water bugs"),
+    ("puppy", "paws", "a little wooden house", "crispy biscuits"), ("frog", "hands", "a pond with green lily pads", "fresh water bugs"),
     ("turtle", "feet", "a quiet bank by the water", "green lettuce"), ("otter", "paws", "a den by the stream", "silver fish"),
     ("badger", "paws", "a deep, dry tunnel", "wild mushrooms"), ("deer", "hooves", "a shady thicket", "tender leaves"),
     ("lamb", "hooves", "a red barn", "soft clover"), ("piglet", "hooves", "a straw pen", "yellow corn"),
@@ -38,6 +40,9 @@ ANIMALS = [
     ("raccoon", "paws", "an old log", "ripe plums"), ("penguin", "wings", "a house of snow", "little fish"),
     ("elephant", "feet", "a sunny clearing", "ripe bananas"), ("lion cub", "paws", "a rocky den", "cool melon"),
     ("monkey", "hands", "a leafy treetop", "sweet mangoes"), ("dragon", "claws", "a cave on a green hill", "hot peppers"),
+    ("dog", "paws", "a house with a red door", "a big bone"), ("cat", "paws", "an attic full of cushions", "a bowl of cream"),
+    ("bird", "wings", "a nest in an old tree", "sunflower seeds"), ("horse", "hooves", "a big stable", "fresh hay"), ("wolf", "paws", "a den under the rocks", "wild berries"),
+    ("robot", "hands", "a workshop full of tools", "a drop of oil"), ("fairy", "hands", "a house made of petals", "sweet nectar"), ("unicorn", "hooves", "a silver glade", "golden apples"),
     ("goat", "hooves", "a stone hut", "thistles and grass"), ("pony", "hooves", "a small stable", "shiny apples"),
 ]
 
@@ -70,13 +75,13 @@ PLACES = [
     ("the village square", "in", ["under the clock tower", "behind the old well", "beside the bakery steps", "near the market cross",
      "next to a flower pot", "under a green bench"], ["pigeons around the well", "a baker with fresh bread", "flags on the houses", "a cat asleep in a window"]),
     ("the barn", "in", ["under a pile of hay", "behind a sack of grain", "beside the old tractor", "near the wooden ladder",
-     "in an empty bucket", "next to the saddle rack"], ["swallows in the roof", "dust dancing in the light", "a calf in the corner", "an old rope swing"]),
+     "near an empty bucket", "next to the saddle rack"], ["swallows in the roof", "dust dancing in the light", "a calf in the corner", "an old rope swing"]),
     ("the valley", "in", ["behind a wild rose bush", "under a stone arch", "beside a little brook", "near a ruined tower",
      "next to a pine stump", "in a hollow of soft moss"], ["a silver waterfall", "purple flowers everywhere", "goats on the slopes", "a rainbow over the brook"]),
     ("the harbor", "at", ["behind a coil of rope", "under an old net", "beside a blue boat", "near the lighthouse",
      "next to a wooden crate", "between two barrels of fish"], ["tall ships at rest", "gulls on the posts", "sailors singing", "the white lighthouse"]),
     ("the library", "in", ["under the reading table", "behind a row of thick books", "beside the big globe", "near the window seat",
-     "next to the story corner", "on the lowest shelf"], ["shelves up to the ceiling", "a cat asleep on a chair", "a map of the world", "children reading quietly"]),
+     "next to the story corner", "near the lowest shelf"], ["shelves up to the ceiling", "a cat asleep on a chair", "a map of the world", "children reading quietly"]),
     ("the schoolyard", "in", ["behind the bicycle rack", "under the maple tree", "beside the front steps", "near the flag pole",
      "next to the jump rope box", "at the end of the long wall"], ["children jumping rope", "chalk drawings on the ground", "a ball game", "a teacher with a whistle"]),
 ]
@@ -87,11 +92,11 @@ QUALITIES = "shiny tiny striped old wooden bright little new round painted soft 
 # object: (noun, what one does with it, adjectives that do not fit)
 OBJECTS = [
     ("kite", "watch it dance in the sky", "round"), ("ball", "bounce it against the wall", ""), ("drum", "tap out happy songs on it", "soft"),
-    ("boat", "float it on the water", "soft"), ("hat", "wear it on every walk", "wooden"), ("scarf", "wrap it around [his] neck", "wooden round"),
+    ("boat", "float it on the water", "soft"), ("hat", "wear it on every walk", "wooden"), ("scarf", "wear it on cold days", "wooden round"),
     ("book", "read it under a tree", "round wooden soft"), ("lantern", "carry it on dark evenings", "soft"), ("bell", "ring it at breakfast", "soft"),
     ("whistle", "blow it on long walks", "soft round"), ("basket", "fill it with flowers", "soft"), ("key", "wear it on a string", "soft round"),
     ("umbrella", "twirl it in the rain", "wooden round soft tiny"), ("shell", "hold it close and hear the sea", "wooden soft new"),
-    ("feather", "tickle [P] with it", "wooden round new painted"), ("marble", "roll it across the floor", "wooden soft"),
+    ("feather", "tickle noses with it", "wooden round new painted"), ("marble", "roll it across the floor", "wooden soft"),
     ("button", "keep it in a little box", "soft"), ("map", "dream of far places", "wooden round soft"), ("flute", "play sweet tunes on it", "soft round"),
     ("spinning top", "make it hum on the table", "soft round"), ("toy train", "push it around the room", "soft round"),
     ("teddy bear", "hug it every night", "wooden round painted"), ("doll", "sing songs to it", "round"), ("wagon", "pull it down the lane", "soft round"),
@@ -171,21 +176,21 @@ BUILDS = [
 
 # fear: (noun phrase, moment, first step, second step, result)
 FEARS = [
-    ("the dark", "They stayed too long, and suddenly it was night, and everything was black", "[He] held [B]'s hand and counted to ten", "[He] looked for the little lights of the stars", "the dark felt soft and quiet, like a big blanket"),
-    ("thunder", "All at once a loud boom rolled across the sky", "[He] counted slowly after every flash", "[He] sang a song between the booms", "the thunder sounded like a big, friendly drum"),
-    ("deep water", "Everyone was swimming, but [A] stayed on the shore", "[He] put in one toe, and then one foot", "[He] floated on [his] back while [B] held [him] up", "[he] could swim all the way to the big rock"),
-    ("high places", "All the others climbed up to see the view, but [A] stayed below", "[He] climbed just one step and rested", "[He] looked up and never down", "[he] stood at the very top and could see the whole world"),
-    ("big dogs", "A big brown dog came running down the path", "[He] stood very still and breathed slowly", "[He] let the dog sniff [his] [hands]", "the dog rolled over and wanted to be petted"),
-    ("singing in front of others", "There was a song contest that day. When it was [A]'s turn, [his] legs shook", "[He] sang very softly to [B] alone", "[He] closed [his] eyes and sang a little louder", "the whole crowd clapped and asked for one more song"),
-    ("the tall slide", "All the others slid down laughing, but [A] only watched", "[He] climbed up halfway and came back down", "[He] sat at the top and held on tight while [B] waited below", "[he] flew down the slide with a happy shout"),
-    ("spiders", "A small spider let itself down right in front of [A]", "[He] took one step closer and looked", "[He] watched how carefully it made its web", "[he] saw that the web shone like a silver star"),
-    ("the old bridge", "The only way home led over the old bridge, and it creaked", "[He] tested the first plank with one foot", "[He] held the rope and took one step at a time", "[he] stood safely on the other side"),
+    ("the dark", "They stayed too long, and suddenly it was night, and everything was black", "[He] held [B]'s hand and counted to ten", "[A] looked for the little lights of the stars", "the dark felt soft and quiet, like a big blanket"),
+    ("thunder", "All at once a loud boom rolled across the sky", "[He] counted slowly after every flash", "[A] sang a song between the booms", "the thunder sounded like a big, friendly drum"),
+    ("deep water", "Everyone was swimming, but [A] stayed on the shore", "[He] put in one toe, and then one foot", "[A] floated on [his] back while [B] held [him] up", "[he] could swim all the way to the big rock"),
+    ("high places", "All the others climbed up to see the view, but [A] stayed below", "[He] climbed just one step and rested", "[A] looked up and never down", "[he] stood at the very top and could see the whole world"),
+    ("big dogs", "A big brown dog came running down the path", "[He] stood very still and breathed slowly", "[A] let the dog sniff [his] [hands]", "the dog rolled over and wanted to be petted"),
+    ("singing in front of others", "There was a song contest that day. When it was [A]'s turn, [his] legs shook", "[He] sang very softly to [B] alone", "[A] closed [his] eyes and sang a little louder", "the whole crowd clapped and asked for one more song"),
+    ("the tall slide", "All the others slid down laughing, but [A] only watched", "[He] climbed up halfway and came back down", "[A] sat at the top and held on tight while [B] waited below", "[he] flew down the slide with a happy shout"),
+    ("spiders", "A small spider let itself down right in front of [A]", "[He] took one step closer and looked", "[A] watched how carefully it made its web", "[he] saw that the web shone like a silver star"),
+    ("the old bridge", "The only way home led over the old bridge, and it creaked", "[He] tested the first plank with one foot", "[A] held the rope and took one step at a time", "[he] stood safely on the other side"),
 ]
 
 GAMES = ["hide and seek", "tag", "catch", "pirates", "kings and queens", "explorers", "follow the leader", "treasure hunt", "guess the animal", "hopscotch"]
 
-PLANTS = [("sunflower", "taller than the fence"), ("pumpkin", "as big as a wheelbarrow"), ("rose bush", "full of red flowers"), ("bean plant", "all the way up to the window"),
-          ("apple tree", "with tiny green leaves"), ("tomato plant", "heavy with red tomatoes"), ("strawberry plant", "full of sweet berries"), ("melon vine", "across the whole garden")]
+PLANTS = [("sunflower", "taller than the fence"), ("pumpkin", "as big as a wheelbarrow"), ("rose bush", "full of red flowers"), ("bean plant", "climbing high up its pole"),
+          ("apple tree", "with tiny green leaves"), ("tomato plant", "heavy with red tomatoes"), ("strawberry plant", "full of sweet berries"), ("melon vine", "long and green, with yellow flowers")]
 
 BREAKABLES = [("vase", "blue"), ("teapot", "flowered"), ("cup", "favorite"), ("lamp", "green"), ("plate", "painted"), ("clock", "old"), ("mirror", "round"), ("jar", "glass"), ("flower pot", "clay"), ("picture frame", "wooden")]
 
@@ -195,4 +200,4 @@ NOISES = [("a strange scratching sound", "a baby hedgehog caught in an empty box
           ("a quick rustling", "a mother bird feeding her chicks"), ("a deep croaking", "a fat frog sitting in a bucket"),
           ("a jingling sound", "a lost lamb with a bell around its neck"), ("a steady dripping", "water falling from a pipe into a tin cup")]
 
-SMALL_HELPERS = [("ant", "leaf"), ("beetle", "back"), ("bee", "wing"), ("sparrow", "wing"), ("butterfly", "wing"), ("snail", "shell"), ("ladybug", "leaf"), ("field mouse", "tail"), ("firefly", "wing"), ("wren", "foot")]
+SMALL_HELPERS = [("ant", "foot"), ("beetle", "leg"), ("bee", "wing"), ("sparrow", "wing"), ("butterfly", "wing"), ("snail", "shell"), ("ladybug", "wing"), ("field mouse", "tail"), ("firefly", "wing"), ("wren", "foot")]
