@@ -1,0 +1,301 @@
+//! Random weights in a real architecture, for benchmarks and tests of speed and memory.
+
+mod presets;
+mod random;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use marlin_formats::{DType, Format, Scheme};
+use serde_json::{Value, json};
+
+use crate::config::ModelConfig;
+use crate::error::{ModelError, Result};
+use crate::modules::{LinearModule, ModuleKind};
+use crate::quantization::QuantizationConfig;
+use crate::writer::{WriteSummary, Writer};
+use random::{RandomMatrix, Words};
+
+/// How the output head (or the tied embedding, which is the head) is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadFormat {
+    /// As the other linear layers: most engines that run quantized models quantize the output matrix too, and it is a
+    /// large part of a small model.
+    #[default]
+    Same,
+    /// In the plain dtype.
+    Plain,
+    /// In a format of its own, with its default group size.
+    Native(Format),
+}
+
+/// What [`synth`] makes of a preset. `None` keeps the preset's value.
+#[derive(Clone, Debug)]
+pub struct SynthOptions {
+    /// Format of the linear layers; `None` for plain weights. Norms, routers and an untied embedding stay plain.
+    pub format: Option<Format>,
+    /// Group size along K; the format's default when absent.
+    pub group_size: Option<usize>,
+    /// The output head.
+    pub head: HeadFormat,
+    /// F32, F16 or BF16, of everything plain.
+    pub dtype: DType,
+    /// Seed of all values.
+    pub seed: u64,
+    /// `num_hidden_layers`.
+    pub layers: Option<usize>,
+    /// `hidden_size`.
+    pub hidden_size: Option<usize>,
+    /// `intermediate_size`.
+    pub intermediate_size: Option<usize>,
+    /// `num_experts` or `n_routed_experts`.
+    pub experts: Option<usize>,
+    /// `vocab_size`; special token ids beyond it are left out.
+    pub vocab_size: Option<usize>,
+    /// `max_position_embeddings`.
+    pub context: Option<usize>,
+    /// A folder whose tokenizer and chat template are copied.
+    pub tokenizer_from: Option<PathBuf>,
+}
+
+impl Default for SynthOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            group_size: None,
+            head: HeadFormat::Same,
+            dtype: DType::BF16,
+            seed: 0,
+            layers: None,
+            hidden_size: None,
+            intermediate_size: None,
+            experts: None,
+            vocab_size: None,
+            context: None,
+            tokenizer_from: None,
+        }
+    }
+}
+
+/// Names of the presets.
+pub fn synth_presets() -> &'static [&'static str] {
+    &presets::NAMES
+}
+
+/// The configuration of a preset as published.
+///
+/// # Errors
+/// An unknown preset; the message lists them.
+pub fn synth_config(name: &str) -> Result<ModelConfig> {
+    ModelConfig::from_value(Path::new(name), &presets::preset(name)?)
+}
+
+/// Writes the folder `out` with random weights in the shape of preset `name`: zero-mean weights of deviation
+/// `1 / sqrt(in_features)` (quantized ones as random codes with scales to match), norms of ones. Values depend on the
+/// seed alone. Memory stays small: tensors stream. `progress(done, total)` is called after every tensor's module.
+///
+/// # Errors
+/// An unknown preset, a dimension that the architecture refuses, a group size that the format refuses, an existing
+/// `out`, or an I/O error; nothing is left behind.
+pub fn synth(
+    name: &str,
+    options: &SynthOptions,
+    out: &Path,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<WriteSummary> {
+    if !matches!(options.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        let reason = format!("{} is not F32, F16 or BF16", options.dtype.name());
+        return Err(ModelError::request("dtype", reason));
+    }
+    let mut json = configure(presets::preset(name)?, options);
+    let config = ModelConfig::from_value(&out.join("config.json"), &json)?;
+    let modules = config.linear_modules();
+    let plan = Plan::new(&config, options, &modules)?;
+    if let (Some(quantization), Value::Object(fields)) = (&plan.quantization, &mut json) {
+        fields.insert("quantization_config".into(), quantization.to_json());
+    }
+    let vectors = config.vector_tensors();
+    let total = modules.len() + vectors.len();
+    let mut synthesizer = Synthesizer { writer: Writer::create(out)?, options, tensor: 0 };
+    if let Some(from) = &options.tokenizer_from {
+        synthesizer.writer.copy_assets(from)?;
+    }
+    for (i, module) in modules.iter().enumerate() {
+        synthesizer.linear(module, plan.scheme(module))?;
+        progress(i + 1, total);
+    }
+    for (i, vector) in vectors.iter().enumerate() {
+        synthesizer.vector(&vector.name, vector.len, vector.correction_bias)?;
+        progress(modules.len() + i + 1, total);
+    }
+    synthesizer.writer.finish(&json)
+}
+
+/// The preset with the options' dimensions.
+fn configure(mut config: Value, options: &SynthOptions) -> Value {
+    let experts = match config["model_type"].as_str() {
+        Some("qwen3_moe") => "num_experts",
+        _ => "n_routed_experts",
+    };
+    let overrides = [
+        ("num_hidden_layers", options.layers),
+        ("hidden_size", options.hidden_size),
+        ("intermediate_size", options.intermediate_size),
+        ("vocab_size", options.vocab_size),
+        ("max_position_embeddings", options.context),
+        (experts, options.experts),
+    ];
+    for (name, value) in overrides {
+        if let Some(value) = value {
+            config = presets::with(config, json!({ name: value }));
+        }
+    }
+    // A smaller vocabulary has no room for the published special tokens.
+    let vocab = config["vocab_size"].as_u64().unwrap_or(0);
+    for name in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        let ids = match &config[name] {
+            Value::Array(ids) => ids.clone(),
+            one => vec![one.clone()],
+        };
+        if ids.iter().any(|id| id.as_u64().is_some_and(|id| id >= vocab)) {
+            config = presets::with(config, json!({ name: null }));
+        }
+    }
+    let dtype = match options.dtype {
+        DType::F32 => "float32",
+        DType::F16 => "float16",
+        _ => "bfloat16",
+    };
+    presets::with(config, json!({"torch_dtype": dtype, "use_cache": true}))
+}
+
+/// Which module gets which scheme.
+struct Plan {
+    quantization: Option<QuantizationConfig>,
+    body: Option<Scheme>,
+    head: Option<Scheme>,
+    tied: bool,
+}
+
+impl Plan {
+    fn new(config: &ModelConfig, options: &SynthOptions, modules: &[LinearModule]) -> Result<Self> {
+        let request = |e: marlin_formats::FormatError| ModelError::request("group size", e.to_string());
+        let body = match (options.format, options.group_size) {
+            (None, _) => None,
+            (Some(format), None) => Some(Scheme::with_default_group(format)),
+            (Some(format), Some(size)) => Some(Scheme::new(format, size).map_err(request)?),
+        };
+        let head = match options.head {
+            HeadFormat::Same => body,
+            HeadFormat::Plain => None,
+            HeadFormat::Native(format) => Some(Scheme::with_default_group(format)),
+        };
+        let mut plan = Self { quantization: None, body, head, tied: config.tie_word_embeddings };
+        let Some(default) = plan.body.or(plan.head) else {
+            return Ok(plan);
+        };
+        // Routers by a pattern, since there may be dozens; everything else plain by name.
+        let mut ignore = Vec::new();
+        let mut overrides = BTreeMap::new();
+        for module in modules {
+            match plan.scheme(module) {
+                None if module.kind == ModuleKind::Router => {
+                    let routers = r"re:model\.layers\.\d+\.mlp\.gate$";
+                    if !ignore.iter().any(|i| i == routers) {
+                        ignore.push(routers.to_owned());
+                    }
+                }
+                None => ignore.push(module.name.clone()),
+                Some(scheme) if scheme != default => {
+                    overrides.insert(module.name.clone(), scheme);
+                }
+                Some(_) => {}
+            }
+        }
+        plan.quantization = Some(QuantizationConfig::new(default, overrides, &ignore)?);
+        Ok(plan)
+    }
+
+    fn scheme(&self, module: &LinearModule) -> Option<Scheme> {
+        match module.kind {
+            ModuleKind::Router => None,
+            ModuleKind::Embedding if self.tied => self.head,
+            ModuleKind::Embedding => None,
+            ModuleKind::LmHead => self.head,
+            _ => self.body,
+        }
+    }
+}
+
+/// Writes random tensors; each has its own number in the random streams.
+struct Synthesizer<'a> {
+    writer: Writer,
+    options: &'a SynthOptions,
+    tensor: u32,
+}
+
+impl Synthesizer<'_> {
+    fn linear(&mut self, module: &LinearModule, scheme: Option<Scheme>) -> Result<()> {
+        let (n, k) = (module.out_features, module.in_features);
+        let deviation = (k as f32).sqrt().recip();
+        match scheme {
+            Some(scheme) => self.matrix(&module.name, &RandomMatrix::new(scheme, n, k, deviation))?,
+            None => self.normal(&format!("{}.weight", module.name), &[n, k], deviation)?,
+        }
+        match module.bias {
+            true => self.normal(&format!("{}.bias", module.name), &[n], 0.02),
+            false => Ok(()),
+        }
+    }
+
+    fn matrix(&mut self, module: &str, matrix: &RandomMatrix) -> Result<()> {
+        let (codes, scales) = (self.words(0), self.words(1));
+        let name = |suffix: &str| format!("{module}.mm.{suffix}");
+        let (writer, group_dims) = (&mut self.writer, matrix.group_dims());
+        writer.tensor_with(&name("q"), DType::U32, &matrix.code_dims(), |sink| matrix.write_codes(sink, &codes))?;
+        let scale_dtype = matrix.scale_dtype();
+        writer.tensor_with(&name("s"), scale_dtype, &group_dims, |sink| matrix.write_scales(sink, &scales))?;
+        if let Some(zero) = matrix.zeros() {
+            let zeros = zero.repeat(group_dims.iter().product());
+            writer.tensor(&name("z"), DType::F16, &group_dims, &zeros)?;
+        }
+        if let Some(scale) = matrix.tensor_scale() {
+            writer.tensor(&name("gs"), DType::F32, &[1], &scale.to_le_bytes())?;
+        }
+        self.tensor += 1;
+        Ok(())
+    }
+
+    fn normal(&mut self, name: &str, dims: &[usize], deviation: f32) -> Result<()> {
+        let words = self.words(0);
+        let (dtype, count) = (self.options.dtype, dims.iter().product());
+        self.writer
+            .tensor_with(name, dtype, dims, |sink| random::write_normal(sink, &words, dtype, count, deviation))?;
+        self.tensor += 1;
+        Ok(())
+    }
+
+    /// Norms are ones; a correction bias is small and f32, as published ones are.
+    fn vector(&mut self, name: &str, len: usize, correction_bias: bool) -> Result<()> {
+        let (words, dtype) = (self.words(0), self.options.dtype);
+        self.tensor += 1;
+        if correction_bias {
+            return self.writer.tensor_with(name, DType::F32, &[len], |sink| {
+                random::write_normal(sink, &words, DType::F32, len, 0.01)
+            });
+        }
+        self.writer.tensor_with(name, dtype, &[len], |sink: &mut dyn Write| {
+            let ones = match dtype {
+                DType::F32 => 1f32.to_le_bytes().repeat(len),
+                DType::F16 => half::f16::ONE.to_le_bytes().repeat(len),
+                _ => half::bf16::ONE.to_le_bytes().repeat(len),
+            };
+            sink.write_all(&ones)
+        })
+    }
+
+    fn words(&self, part: u32) -> Words {
+        Words::new(self.options.seed, self.tensor, part)
+    }
+}
