@@ -74,7 +74,7 @@ pub struct ModelArgs {
 #[derive(Args, Clone, Debug)]
 pub struct SamplingArgs {
     /// Stop after this many tokens
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
     pub max_tokens: usize,
     /// 0 chooses the most likely token [default: the model's generation_config.json, else 0.7]
     #[arg(long, value_name = "T", value_parser = temperature)]

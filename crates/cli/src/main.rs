@@ -1,5 +1,13 @@
 //! The `marlin` command line: one file per command in `commands`.
 
+/// `println!` that returns a closed standard output as an error instead of panicking.
+macro_rules! print_line {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($argument)*)?
+    }};
+}
+
 mod args;
 mod bundled;
 mod calibration;

@@ -17,6 +17,9 @@ use crate::args::{ModelArgs, SamplingArgs};
 /// Temperature when neither the command line nor the model names one.
 const DEFAULT_TEMPERATURE: f32 = 0.7;
 
+/// Rows whose logits are computed at once when all are wanted: a vocabulary of 150,000 takes 600 KB a row.
+const LOGIT_ROWS: usize = 32;
+
 /// A loaded model with its cache and planned memory.
 pub struct Session<B: Backend> {
     backend: Arc<B>,
@@ -44,11 +47,16 @@ pub struct Sampler {
 impl Sampler {
     /// Combines the command line with the model's generation_config.json.
     pub fn new(args: &SamplingArgs, defaults: &GenerationConfig, eos: Vec<u32>) -> Self {
-        let temperature = args.temperature.or(defaults.temperature).unwrap_or(DEFAULT_TEMPERATURE);
+        let wished = match defaults.do_sample {
+            Some(false) => Some(0.0),
+            _ => defaults.temperature,
+        };
+        let temperature = args.temperature.or(wished).unwrap_or(DEFAULT_TEMPERATURE);
         let seed = args.seed.unwrap_or_else(clock_seed);
         let mut filter = args.filter();
-        filter.top_k = filter.top_k.or(defaults.top_k);
+        filter.top_k = filter.top_k.or(defaults.top_k.filter(|&k| k > 0));
         filter.top_p = filter.top_p.or(defaults.top_p);
+        filter.min_p = filter.min_p.or(defaults.min_p);
         let unscaled = args.process(1.0);
         Self {
             process: (temperature > 0.0).then(|| args.process(temperature)),
@@ -125,7 +133,7 @@ impl<B: Backend> Session<B> {
         let options = LoadOptions { context, cache_dtype, ..LoadOptions::default() };
         let model = Model::load(backend.clone(), &checkpoint, config, options)?;
         let cache = KvCache::new(&model, model.context())?;
-        let scratch = Scratch::new(&model)?;
+        let scratch = model.scratch(LOGIT_ROWS.min(model.chunk()))?;
         let row = backend.zeros(DType::F32, &[1, model.config().vocab_size])?;
         let id = backend.zeros(DType::U32, &[1])?;
         Ok(Self { backend, model, cache, scratch, row, id })
@@ -147,8 +155,8 @@ impl<B: Backend> Session<B> {
     }
 
     /// Forgets all but the first `tokens` tokens.
-    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
-        Ok(self.cache.truncate(tokens)?)
+    pub fn truncate(&mut self, tokens: usize) {
+        self.cache.truncate(tokens);
     }
 
     /// Processes `tokens` and leaves the logits of the last one to choose from.
@@ -228,19 +236,18 @@ impl<B: Backend> Session<B> {
 
     /// Logits of every token of a fresh sequence, `[tokens, vocab]`.
     pub fn all_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let mut all = Vec::with_capacity(tokens.len() * self.model.config().vocab_size);
-        self.for_each_logits(tokens, |_, row| {
-            all.extend_from_slice(row);
-            Ok(())
-        })?;
-        Ok(all)
+        self.cache.clear();
+        Ok(self.model.logits(tokens, &mut self.cache, &mut self.scratch)?)
     }
 
     /// `-sum ln p(token)` over all tokens of a fresh sequence but the first.
     pub fn negative_log_likelihood(&mut self, tokens: &[u32]) -> Result<f64> {
+        self.cache.clear();
+        let vocab = self.model.config().vocab_size;
         let mut total = 0.0;
-        self.for_each_logits(tokens, |position, row| {
-            if let Some(&next) = tokens.get(position + 1) {
+        self.model.for_each_logits(tokens, &mut self.cache, &mut self.scratch, |first, logits| {
+            let rows = self.backend.read_f32(logits)?;
+            for (row, &next) in rows.chunks_exact(vocab).zip(&tokens[first + 1..]) {
                 total += negative_log_probability(row, next as usize);
             }
             Ok(())
@@ -249,26 +256,6 @@ impl<B: Backend> Session<B> {
             bail!("the model's logits are not finite");
         }
         Ok(total)
-    }
-
-    /// Runs a fresh sequence and shows each position's logits.
-    fn for_each_logits(
-        &mut self,
-        tokens: &[u32],
-        mut visit: impl FnMut(usize, &[f32]) -> Result<()>,
-    ) -> Result<()> {
-        self.truncate(0)?;
-        let vocab = self.model.config().vocab_size;
-        let mut position = 0;
-        for part in tokens.chunks(self.model.chunk()) {
-            let logits =
-                self.model.forward(part, &mut self.cache, &mut self.scratch, Logits::All)?;
-            for row in self.backend.read_f32(logits)?.chunks_exact(vocab) {
-                visit(position, row)?;
-                position += 1;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -56,7 +56,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let prompt: Vec<u32> = (0..args.prompt_tokens).map(id).collect();
     session.feed(&prompt[..prompt.len().min(8)])?;
     session.feed(&prompt[..1])?;
-    session.truncate(0)?;
+    session.truncate(0);
 
     let start = Instant::now();
     session.feed(&prompt)?;
@@ -69,7 +69,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
 
     let prefill = tokens_per_second(args.prompt_tokens, prefill_time);
     let decode = tokens_per_second(args.gen_tokens, decode_time);
-    let weights_bytes = session.model().weights_bytes();
+    let weights_bytes = session.model().size_in_bytes();
     let peak = usage::peak_rss_bytes();
     if args.json {
         let result = json!({
@@ -86,15 +86,15 @@ pub fn run(args: BenchArgs) -> Result<()> {
             "kv_cache_bytes": session.cache_bytes(),
             "exact": args.device.exact,
         });
-        println!("{result}");
+        print_line!("{result}");
         return Ok(());
     }
     let mib = |bytes: f64| bytes / (1024.0 * 1024.0);
-    println!("model    {} on {}", dir.display(), backend.name());
-    println!("load     {:.2} s", load_time.as_secs_f64());
-    println!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens);
-    println!("decode   {decode:.1} tokens/s ({} tokens)", args.gen_tokens);
-    println!(
+    print_line!("model    {} on {}", dir.display(), backend.name());
+    print_line!("load     {:.2} s", load_time.as_secs_f64());
+    print_line!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens);
+    print_line!("decode   {decode:.1} tokens/s ({} tokens)", args.gen_tokens);
+    print_line!(
         "memory   {:.1} MiB weights, {:.1} MiB cache, {} peak",
         mib(weights_bytes as f64),
         mib(session.cache_bytes() as f64),

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use marlin_models::{ChatMessage, ChatTemplate, GenerationConfig, StreamDecoder, Tokenizer};
+use marlin_models::{ChatTemplate, GenerationConfig, Message, Tokenizer};
 
 use crate::args::{DeviceArgs, ModelArgs, SamplingArgs};
 use crate::session::{Sampler, Session, tokens_per_second};
@@ -29,18 +29,20 @@ pub fn run(args: ChatArgs) -> Result<()> {
     let backend = device::open(&args.device)?;
     let dir = bundled::model_dir(args.model.model.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let template = ChatTemplate::from_dir(&dir)?;
+    let Some(template) = ChatTemplate::from_dir(&dir)? else {
+        bail!("{}: the model has no chat template; use `marlin generate`", dir.display());
+    };
     let mut session = Session::open(backend, &dir, &args.model)?;
     let defaults = GenerationConfig::from_dir(&dir)?;
-    let eos = defaults.eos_ids(session.model().config());
+    let eos = defaults.eos_token_ids(session.model().config()).to_vec();
     let sampler = Sampler::new(&args.sampling, &defaults, eos);
 
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         eprintln!("One message a line; /new starts over, /exit or Ctrl-D leaves.");
     }
-    let system = || args.system.iter().map(|text| ChatMessage::new("system", text));
-    let mut messages: Vec<ChatMessage> = system().collect();
+    let system = || args.system.iter().map(|text| Message::new("system", text));
+    let mut messages: Vec<Message> = system().collect();
     let mut cached: Vec<u32> = Vec::new();
     let mut lines = std::io::stdin().lock().lines();
     loop {
@@ -56,9 +58,9 @@ pub fn run(args: ChatArgs) -> Result<()> {
                 messages = system().collect();
                 continue;
             }
-            text => messages.push(ChatMessage::new("user", text)),
+            text => messages.push(Message::new("user", text)),
         }
-        let ids = tokenizer.encode(&template.render(&messages, true)?, false)?;
+        let ids = tokenizer.encode(&template.render(&messages, true, &serde_json::Map::new())?, false)?;
         if ids.len() >= session.model().context() {
             bail!(
                 "the conversation has {} tokens, the context holds {}: start over with /new",
@@ -68,9 +70,9 @@ pub fn run(args: ChatArgs) -> Result<()> {
         }
         // Keep what the cache already holds of this conversation; the last token must be fed to get its logits.
         let shared = cached.iter().zip(&ids).take_while(|(a, b)| a == b).count();
-        session.truncate(shared.min(ids.len() - 1))?;
+        session.truncate(shared.min(ids.len() - 1));
 
-        let mut decoder = StreamDecoder::new(&tokenizer);
+        let mut decoder = tokenizer.stream(true);
         let mut answer = String::new();
         let mut stdout = std::io::stdout();
         let mut emit = |piece: &str| -> Result<()> {
@@ -80,7 +82,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
         };
         let generation = session.generate(&ids, &sampler, |id| emit(&decoder.push(id)?))?;
         emit(&decoder.finish()?)?;
-        println!();
+        print_line!();
         if interactive {
             let decode = tokens_per_second(generation.decode_tokens, generation.decode_time);
             eprintln!("[{} tokens at {decode:.0} tokens/s]", generation.tokens.len());
@@ -88,7 +90,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
         cached = ids;
         cached.extend(&generation.tokens);
         cached.truncate(session.cached());
-        messages.push(ChatMessage::new("assistant", answer.trim()));
+        messages.push(Message::new("assistant", answer.trim()));
     }
     Ok(())
 }

@@ -16,12 +16,12 @@ pub struct DevicesArgs {
 /// Lists the devices.
 pub fn run(args: DevicesArgs) -> Result<()> {
     let cpu = Cpu::new(CpuOptions::default())?;
-    let (isa, threads) = (cpu.isa().name(), cpu.threads());
+    let (isa, threads) = (format!("{:?}", cpu.isa()).to_lowercase(), cpu.threads());
     if args.json {
         let device = json!({ "name": "cpu", "instructions": isa, "threads": threads });
-        println!("{}", json!({ "devices": [device] }));
+        print_line!("{}", json!({ "devices": [device] }));
     } else {
-        println!("cpu    {isa}, {threads} threads");
+        print_line!("cpu    {isa}, {threads} threads");
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Read, Write};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use marlin_models::{GenerationConfig, StreamDecoder, Tokenizer};
+use marlin_models::{GenerationConfig, Tokenizer};
 use marlin_ops::Device;
 use serde_json::json;
 
@@ -40,10 +40,10 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     }
     let mut session = Session::open(backend.clone(), &dir, &args.model)?;
     let defaults = GenerationConfig::from_dir(&dir)?;
-    let eos = defaults.eos_ids(session.model().config());
+    let eos = defaults.eos_token_ids(session.model().config()).to_vec();
     let sampler = Sampler::new(&args.sampling, &defaults, eos);
 
-    let mut decoder = StreamDecoder::new(&tokenizer);
+    let mut decoder = tokenizer.stream(true);
     let mut text = String::new();
     let mut stdout = std::io::stdout();
     let stream = !args.json;
@@ -77,9 +77,9 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             "device": backend.name(),
             "seed": sampler.seed,
         });
-        println!("{result}");
+        print_line!("{result}");
     } else {
-        println!();
+        print_line!();
         eprintln!(
             "\n[{} prompt tokens at {prefill:.0} tokens/s, {} generated at {decode:.0} tokens/s, {}, seed {}]",
             ids.len(),

@@ -69,9 +69,9 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     let perplexity = mean.exp();
     if args.json {
         let result = json!({ "perplexity": perplexity, "nll_per_token": mean, "tokens": scored });
-        println!("{result}");
+        print_line!("{result}");
     } else {
-        println!("perplexity {perplexity:.4} ({mean:.5} nats per token, {scored} tokens)");
+        print_line!("perplexity {perplexity:.4} ({mean:.5} nats per token, {scored} tokens)");
     }
     Ok(())
 }

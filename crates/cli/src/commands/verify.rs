@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use marlin_conformance::{Report, VerifyOptions};
+use marlin_conformance::{CaseResult, Family, Report, VerifyOptions};
 use marlin_cpu::Cpu;
 use serde_json::json;
 
@@ -18,9 +18,9 @@ pub struct VerifyArgs {
     /// Device to verify
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceKind,
-    /// Only this family (linear, norm, rope, attention, moe, hadamard, sampling, convert)
+    /// Only this family (device, linear, norm, rope, attention, moe, hadamard, sampling, convert)
     #[arg(long, value_name = "F")]
-    family: Option<String>,
+    family: Option<Family>,
     /// Only operations whose name contains this
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
@@ -32,31 +32,37 @@ pub struct VerifyArgs {
     json: bool,
 }
 
-/// Verifies the exact and the fast mode; any failure makes the exit status 1.
+/// Verifies the exact and the default mode; any failure makes the exit status 1.
 pub fn run(args: VerifyArgs) -> Result<()> {
-    let open = |exact| -> Result<Arc<Cpu>> {
-        device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })
-    };
-    if let Some(family) = &args.family
-        && !marlin_conformance::FAMILIES.contains(&family.as_str())
-    {
-        bail!("unknown family `{family}`; the families are {}", marlin_conformance::FAMILIES.join(", "));
+    let mut results = Vec::new();
+    let mut device = String::new();
+    for exact in [true, false] {
+        let backend: Arc<Cpu> =
+            device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })?;
+        let options = VerifyOptions {
+            families: args.family.map(|family| vec![family]),
+            int8_activations: !exact,
+            ..VerifyOptions::default()
+        };
+        let report = marlin_conformance::verify(&*backend, &options);
+        let mode = if exact { "exact" } else { "default" };
+        results.extend(report.results.into_iter().map(|result| CaseResult {
+            configuration: format!("{mode} mode, {}", result.configuration),
+            ..result
+        }));
+        device = report.device;
     }
-    let options = VerifyOptions {
-        family: args.family.clone(),
-        operation: args.kernel.clone(),
-        ..VerifyOptions::default()
-    };
-    let mut report = marlin_conformance::verify(&*open(true)?, &options);
-    let int8 = VerifyOptions { int8_activations: true, ..options };
-    report.extend(marlin_conformance::verify(&*open(false)?, &int8));
-    if report.results.is_empty() {
-        bail!("no operation matches");
+    if let Some(name) = &args.kernel {
+        results.retain(|result| result.operation.contains(name.as_str()));
+        if results.is_empty() {
+            bail!("no operation is called `{name}`");
+        }
     }
+    let report = Report::new(&device, results);
     if args.json {
-        println!("{}", json!(report));
+        print_line!("{}", json!(report));
     } else {
-        print_summary(&report);
+        print_summary(&report)?;
     }
     if report.failed > 0 {
         bail!("{} of {} checks failed", report.failed, report.results.len());
@@ -65,22 +71,22 @@ pub fn run(args: VerifyArgs) -> Result<()> {
 }
 
 /// One line per operation, then every failure.
-fn print_summary(report: &Report) {
+fn print_summary(report: &Report) -> Result<()> {
     let mut operations: BTreeMap<(&str, &str), (usize, usize, f64)> = BTreeMap::new();
     for result in &report.results {
-        let entry = operations.entry((&result.family, &result.operation)).or_default();
+        let entry = operations.entry((result.family, result.operation)).or_default();
         entry.0 += usize::from(result.passed);
         entry.1 += 1;
         if result.tolerance > 0.0 {
             entry.2 = entry.2.max(result.max_error / result.tolerance);
         }
     }
-    println!("{:<12} {:<28} {:>13}  largest error / tolerance", "family", "operation", "passed");
+    print_line!("{:<12} {:<28} {:>13}  largest error / tolerance", "family", "operation", "passed");
     for ((family, operation), (passed, total, share)) in operations {
-        println!("{family:<12} {operation:<28} {passed:>6}/{total:<6}  {share:.3}");
+        print_line!("{family:<12} {operation:<28} {passed:>6}/{total:<6}  {share:.3}");
     }
-    for result in report.results.iter().filter(|r| !r.passed) {
-        println!(
+    for result in report.failures() {
+        print_line!(
             "FAILED {} {} [{}]: error {:e}, tolerance {:e} {}",
             result.family,
             result.operation,
@@ -90,5 +96,6 @@ fn print_summary(report: &Report) {
             result.error.as_deref().unwrap_or(""),
         );
     }
-    println!("{}: {} passed, {} failed", report.device, report.passed, report.failed);
+    print_line!("{}: {} passed, {} failed", report.device, report.passed, report.failed);
+    Ok(())
 }
