@@ -191,6 +191,15 @@ impl<B: Backend> Session<B> {
         }
     }
 
+    /// An error unless the prompt fits the context.
+    pub fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+        let context = self.model.context();
+        if prompt.len() > context {
+            bail!("the prompt has {} tokens, the context holds {context}", prompt.len());
+        }
+        Ok(())
+    }
+
     /// Continues `prompt`, of which the first `self.cached()` tokens are in the cache already. `on_token` sees each
     /// token as it is chosen.
     pub fn generate(
@@ -199,10 +208,8 @@ impl<B: Backend> Session<B> {
         sampler: &Sampler,
         mut on_token: impl FnMut(u32) -> Result<()>,
     ) -> Result<Generation> {
+        self.check_prompt(prompt)?;
         let context = self.model.context();
-        if prompt.len() > context {
-            bail!("the prompt has {} tokens, the context holds {context}", prompt.len());
-        }
         let new = &prompt[self.cached()..];
         let start = Instant::now();
         self.feed(new)?;

@@ -61,12 +61,15 @@ pub fn run(args: ChatArgs) -> Result<()> {
             text => messages.push(Message::new("user", text)),
         }
         let ids = tokenizer.encode(&template.render(&messages, true, &serde_json::Map::new())?, false)?;
-        if ids.len() >= session.model().context() {
-            bail!(
-                "the conversation has {} tokens, the context holds {}: start over with /new",
-                ids.len(),
-                session.model().context()
-            );
+        let context = session.model().context();
+        if ids.len() >= context {
+            let problem = format!("the conversation has {} tokens, the context holds {context}", ids.len());
+            if !interactive {
+                bail!(problem);
+            }
+            eprintln!("{problem}: say less, or start over with /new");
+            messages.pop();
+            continue;
         }
         // Keep what the cache already holds of this conversation; the last token must be fed to get its logits.
         let shared = cached.iter().zip(&ids).take_while(|(a, b)| a == b).count();

@@ -39,6 +39,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         bail!("the prompt is empty: give some text to continue");
     }
     let mut session = Session::open(backend.clone(), &dir, &args.model)?;
+    session.check_prompt(&ids)?;
     let defaults = GenerationConfig::from_dir(&dir)?;
     let eos = defaults.eos_token_ids(session.model().config()).to_vec();
     let sampler = Sampler::new(&args.sampling, &defaults, eos);
