@@ -40,7 +40,7 @@ pub fn takes_int8_activations(scheme: &Scheme) -> bool {
             | Format::Int3
             | Format::Int2
     );
-    let aligned = scheme.group_size % ACTIVATION_BLOCK == 0 || scheme.format == Format::Nvfp4;
+    let aligned = scheme.group_size.is_multiple_of(ACTIVATION_BLOCK) || scheme.format == Format::Nvfp4;
     integer_codes && aligned
 }
 

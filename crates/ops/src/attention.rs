@@ -136,12 +136,7 @@ impl<D: Device> MlaAttentionArgs<'_, D> {
 
     fn check(&self, operation: &'static str) -> Result<()> {
         let &[batch, queries, heads, head_dim] = self.q.dims() else {
-            return Err(OpError::shape(
-                operation,
-                "q",
-                self.q.dims(),
-                "[B, Sq, H, n + R]",
-            ));
+            return Err(OpError::shape(operation, "q", self.q.dims(), "[B, Sq, H, n + R]"));
         };
         let rope = self.rope_head_dim;
         if self.nope_head_dim + rope != head_dim {
@@ -149,12 +144,7 @@ impl<D: Device> MlaAttentionArgs<'_, D> {
             return Err(OpError::shape(operation, "q", self.q.dims(), expected));
         }
         let &[out_batch, out_queries, out_heads, value] = self.out.dims() else {
-            return Err(OpError::shape(
-                operation,
-                "out",
-                self.out.dims(),
-                "[B, Sq, H, v]",
-            ));
+            return Err(OpError::shape(operation, "out", self.out.dims(), "[B, Sq, H, v]"));
         };
         if [out_batch, out_queries, out_heads] != [batch, queries, heads] {
             let expected = format!("[{batch}, {queries}, {heads}, v]");
@@ -169,12 +159,7 @@ impl<D: Device> MlaAttentionArgs<'_, D> {
             [b, capacity, width] if b == batch && width == kv_b[1] + rope => capacity,
             _ => {
                 let expected = format!("[{batch}, capacity, {} + {rope}]", kv_b[1]);
-                return Err(OpError::shape(
-                    operation,
-                    "cache",
-                    self.cache.dims(),
-                    expected,
-                ));
+                return Err(OpError::shape(operation, "cache", self.cache.dims(), expected));
             }
         };
         for (name, tensor) in [("q", self.q), ("cache", self.cache), ("out", &*self.out)] {
@@ -211,10 +196,7 @@ pub trait AttentionOps: Device {
     /// Appends rows to a cache.
     fn kv_write(&self, args: KvWriteArgs<'_, Self>) -> Result<()> {
         const OP: &str = "kv_write";
-        for (name, rows, cache) in [
-            ("k_cache", args.k, &*args.k_cache),
-            ("v_cache", args.v, &*args.v_cache),
-        ] {
+        for (name, rows, cache) in [("k_cache", args.k, &*args.k_cache), ("v_cache", args.v, &*args.v_cache)] {
             check::float(OP, name, cache)?;
             check::float(OP, "k or v", rows)?;
             let &[tokens, heads, head_dim] = rows.dims() else {
@@ -225,10 +207,7 @@ pub trait AttentionOps: Device {
                     h == heads
                         && d == head_dim
                         && args.sequence < sequences
-                        && args
-                            .start
-                            .checked_add(tokens)
-                            .is_some_and(|end| end <= capacity)
+                        && args.start.checked_add(tokens).is_some_and(|end| end <= capacity)
                 }
                 _ => false,
             };
@@ -241,12 +220,7 @@ pub trait AttentionOps: Device {
             }
         }
         if args.k.dims()[0] != args.v.dims()[0] {
-            return Err(OpError::shape(
-                OP,
-                "v",
-                args.v.dims(),
-                "as many tokens as `k`",
-            ));
+            return Err(OpError::shape(OP, "v", args.v.dims(), "as many tokens as `k`"));
         }
         if args.k.dims()[0] == 0 {
             return Ok(());
@@ -284,10 +258,9 @@ pub fn visible_keys(p: usize, kv_len: usize, causal: bool, window: Window) -> (u
     let (first, mut end) = match window {
         Window::None => (0, kv_len),
         Window::Left(w) => ((p + 1).saturating_sub(w), (p + 1).min(kv_len)),
-        Window::Symmetric { left, right } => (
-            p.saturating_sub(left),
-            p.saturating_add(right).saturating_add(1).min(kv_len),
-        ),
+        Window::Symmetric { left, right } => {
+            (p.saturating_sub(left), p.saturating_add(right).saturating_add(1).min(kv_len))
+        }
     };
     if causal {
         end = end.min(p + 1);
@@ -301,12 +274,7 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
         return Err(OpError::shape(OP, "q", args.q.dims(), "[B, Sq, Hq, D]"));
     };
     let &[k_batch, kv_heads, capacity, k_dim] = args.k.dims() else {
-        return Err(OpError::shape(
-            OP,
-            "k",
-            args.k.dims(),
-            "[B, Hkv, capacity, D]",
-        ));
+        return Err(OpError::shape(OP, "k", args.k.dims(), "[B, Hkv, capacity, D]"));
     };
     if k_batch != batch || k_dim != head_dim {
         let expected = format!("[{batch}, Hkv, capacity, {head_dim}]");
@@ -319,12 +287,7 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
     let value_dim = args.v.columns();
     check::dims(OP, "v", args.v, &[batch, kv_heads, capacity, value_dim])?;
     check::dims(OP, "out", args.out, &[batch, queries, q_heads, value_dim])?;
-    for (name, tensor) in [
-        ("q", args.q),
-        ("k", args.k),
-        ("v", args.v),
-        ("out", &*args.out),
-    ] {
+    for (name, tensor) in [("q", args.q), ("k", args.k), ("v", args.v), ("out", &*args.out)] {
         check::float(OP, name, tensor)?;
     }
     check::dtype(OP, "v", args.v, args.k.dtype())?;
@@ -333,11 +296,7 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
         check::positive(OP, "softcap", softcap)?;
     }
     if args.window == Window::Left(0) {
-        return Err(OpError::value(
-            OP,
-            "window",
-            "is 0: no key would be visible",
-        ));
+        return Err(OpError::value(OP, "window", "is 0: no key would be visible"));
     }
     if let Some(sinks) = args.sinks {
         check::dims(OP, "sinks", sinks, &[q_heads])?;
@@ -348,9 +307,7 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
         check::dtype(OP, "mask", mask, marlin_formats::DType::F32)?;
         let keys = args.kv_len.iter().copied().max().unwrap_or(0);
         let fits = match *mask.dims() {
-            [b, h, q, k] => {
-                (b == batch || b == 1) && (h == q_heads || h == 1) && q == queries && k == keys
-            }
+            [b, h, q, k] => (b == batch || b == 1) && (h == q_heads || h == 1) && q == queries && k == keys,
             _ => false,
         };
         if !fits {
@@ -371,12 +328,7 @@ fn check_kv_len(
     causal: bool,
 ) -> Result<()> {
     if kv_len.len() != batch {
-        return Err(OpError::shape(
-            operation,
-            "kv_len",
-            &[kv_len.len()],
-            format!("[{batch}]"),
-        ));
+        return Err(OpError::shape(operation, "kv_len", &[kv_len.len()], format!("[{batch}]")));
     }
     for (b, &len) in kv_len.iter().enumerate() {
         let least = if causal { queries.max(1) } else { 1 };

@@ -1,8 +1,8 @@
 use marlin_formats::DType;
 
 use crate::{
-    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps,
-    Result, RopeOps, SamplingOps, Tensor, Weight,
+    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, Result, RopeOps,
+    SamplingOps, Tensor, Weight,
 };
 
 /// Memory of a device: buffers, transfers, prepared weights. Operations on it enqueue and return; the `read_*` methods
@@ -29,13 +29,7 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// Copies `count` rows (all dimensions but the last flattened) of `source`, from `first`, to the start of `out`.
     /// Dtypes and columns must agree; the rows of `out` must be `count`.
-    fn copy_rows(
-        &self,
-        source: &Tensor<Self>,
-        first: usize,
-        count: usize,
-        out: &mut Tensor<Self>,
-    ) -> Result<()>;
+    fn copy_rows(&self, source: &Tensor<Self>, first: usize, count: usize, out: &mut Tensor<Self>) -> Result<()>;
 
     /// Waits and reads a float tensor as f64 (exact for F32, F16, BF16).
     fn read_f64(&self, tensor: &Tensor<Self>) -> Result<Vec<f64>>;
@@ -60,13 +54,6 @@ pub trait Backend:
 }
 
 impl<T> Backend for T where
-    T: LinearOps
-        + NormOps
-        + RopeOps
-        + AttentionOps
-        + MoeOps
-        + HadamardOps
-        + SamplingOps
-        + ConvertOps
+    T: LinearOps + NormOps + RopeOps + AttentionOps + MoeOps + HadamardOps + SamplingOps + ConvertOps
 {
 }

@@ -14,12 +14,7 @@ pub(crate) fn dims<D: Device>(
     if tensor.dims() == expected {
         return Ok(());
     }
-    Err(OpError::shape(
-        operation,
-        operand,
-        tensor.dims(),
-        format!("{expected:?}"),
-    ))
+    Err(OpError::shape(operation, operand, tensor.dims(), format!("{expected:?}")))
 }
 
 /// `tensor` has this many rows (all dimensions but the last) and columns.
@@ -33,28 +28,14 @@ pub(crate) fn rows_columns<D: Device>(
     if tensor.rows() == rows && tensor.columns() == columns {
         return Ok(());
     }
-    Err(OpError::shape(
-        operation,
-        operand,
-        tensor.dims(),
-        format!("[{rows}, {columns}]"),
-    ))
+    Err(OpError::shape(operation, operand, tensor.dims(), format!("[{rows}, {columns}]")))
 }
 
 /// `tensor` holds F32, F16 or BF16.
-pub(crate) fn float<D: Device>(
-    operation: &'static str,
-    operand: &'static str,
-    tensor: &Tensor<D>,
-) -> Result<()> {
+pub(crate) fn float<D: Device>(operation: &'static str, operand: &'static str, tensor: &Tensor<D>) -> Result<()> {
     match tensor.dtype() {
         DType::F32 | DType::F16 | DType::BF16 => Ok(()),
-        found => Err(OpError::DType {
-            operation,
-            operand,
-            found,
-            expected: "F32, F16 or BF16",
-        }),
+        found => Err(OpError::DType { operation, operand, found, expected: "F32, F16 or BF16" }),
     }
 }
 
@@ -68,12 +49,7 @@ pub(crate) fn dtype<D: Device>(
     if tensor.dtype() == expected {
         return Ok(());
     }
-    Err(OpError::DType {
-        operation,
-        operand,
-        found: tensor.dtype(),
-        expected: expected.name(),
-    })
+    Err(OpError::DType { operation, operand, found: tensor.dtype(), expected: expected.name() })
 }
 
 /// A finite value greater than zero.
@@ -81,11 +57,7 @@ pub(crate) fn positive(operation: &'static str, operand: &'static str, value: f3
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
-    Err(OpError::value(
-        operation,
-        operand,
-        format!("is {value}, must be finite and above 0"),
-    ))
+    Err(OpError::value(operation, operand, format!("is {value}, must be finite and above 0")))
 }
 
 /// A finite value.
@@ -93,9 +65,5 @@ pub(crate) fn finite(operation: &'static str, operand: &'static str, value: f32)
     if value.is_finite() {
         return Ok(());
     }
-    Err(OpError::value(
-        operation,
-        operand,
-        format!("is {value}, must be finite"),
-    ))
+    Err(OpError::value(operation, operand, format!("is {value}, must be finite")))
 }

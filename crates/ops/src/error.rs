@@ -65,30 +65,12 @@ pub enum OpError {
 
 impl OpError {
     /// A shape error.
-    pub fn shape(
-        operation: &'static str,
-        operand: &'static str,
-        found: &[usize],
-        expected: impl Into<String>,
-    ) -> Self {
-        Self::Shape {
-            operation,
-            operand,
-            found: found.to_vec(),
-            expected: expected.into(),
-        }
+    pub fn shape(operation: &'static str, operand: &'static str, found: &[usize], expected: impl Into<String>) -> Self {
+        Self::Shape { operation, operand, found: found.to_vec(), expected: expected.into() }
     }
 
     /// A value error.
-    pub fn value(
-        operation: &'static str,
-        operand: &'static str,
-        reason: impl Into<String>,
-    ) -> Self {
-        Self::Value {
-            operation,
-            operand,
-            reason: reason.into(),
-        }
+    pub fn value(operation: &'static str, operand: &'static str, reason: impl Into<String>) -> Self {
+        Self::Value { operation, operand, reason: reason.into() }
     }
 }

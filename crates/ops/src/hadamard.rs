@@ -44,9 +44,7 @@ pub fn block_parts(block: usize, kind: HadamardKind) -> Option<Vec<(usize, usize
 
 /// 12 or 20 when `block` is that times a power of two.
 pub fn paley_order(block: usize) -> Option<usize> {
-    [12, 20]
-        .into_iter()
-        .find(|q| block % q == 0 && (block / q).is_power_of_two())
+    [12, 20].into_iter().find(|q| block.is_multiple_of(*q) && (block / q).is_power_of_two())
 }
 
 /// Entry (i, j) of the Paley I matrix of order 12 or 20: `I + [[0, 1^T], [-1, Q]]`, `Q_ij = chi(i - j)`.
@@ -65,11 +63,7 @@ fn legendre(a: i64, p: i64) -> i32 {
     if a == 0 {
         return 0;
     }
-    if (1..p).any(|x| x * x % p == a) {
-        1
-    } else {
-        -1
-    }
+    if (1..p).any(|x| x * x % p == a) { 1 } else { -1 }
 }
 
 /// The Hadamard family.
@@ -86,14 +80,11 @@ pub trait HadamardOps: Device {
             let reason = format!("is {}: no {:?} matrix of this order", args.block, args.kind);
             return Err(OpError::value(OP, "block", reason));
         }
-        if columns % args.block != 0 {
+        if !columns.is_multiple_of(args.block) {
             let expected = format!("columns a multiple of {}", args.block);
             return Err(OpError::shape(OP, "x", args.x.dims(), expected));
         }
-        for (name, scale) in [
-            ("scale_before", args.scale_before),
-            ("scale_after", args.scale_after),
-        ] {
+        for (name, scale) in [("scale_before", args.scale_before), ("scale_after", args.scale_after)] {
             if let Some(scale) = scale {
                 check::dims(OP, name, scale, &[columns])?;
                 check::float(OP, name, scale)?;

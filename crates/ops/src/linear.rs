@@ -115,12 +115,7 @@ pub trait LinearOps: Device {
         let m = args.x.rows();
         let up = [args.up.out_features(), args.up.in_features()];
         if up != [n, k] {
-            return Err(OpError::shape(
-                OP,
-                "up",
-                &up,
-                format!("[{n}, {k}] like `gate`"),
-            ));
+            return Err(OpError::shape(OP, "up", &up, format!("[{n}, {k}] like `gate`")));
         }
         check::rows_columns(OP, "x", args.x, m, k)?;
         check::rows_columns(OP, "out", args.out, m, n)?;
@@ -148,9 +143,5 @@ pub trait LinearOps: Device {
 
 /// The error of an id outside the embedding table.
 pub fn embedding_id_error(index: usize, id: u32, vocab: usize) -> OpError {
-    OpError::value(
-        "embedding",
-        "ids",
-        format!("[{index}] is {id}, vocabulary has {vocab}"),
-    )
+    OpError::value("embedding", "ids", format!("[{index}] is {id}, vocabulary has {vocab}"))
 }

@@ -215,13 +215,8 @@ pub trait MoeOps: Device {
 }
 
 fn check_routing(operation: &'static str, routing: &Routing, experts: usize) -> Result<()> {
-    let Routing {
-        top_k,
-        n_group,
-        topk_group,
-        ..
-    } = *routing;
-    if n_group == 0 || experts == 0 || experts % n_group != 0 {
+    let Routing { top_k, n_group, topk_group, .. } = *routing;
+    if n_group == 0 || experts == 0 || !experts.is_multiple_of(n_group) {
         let reason = format!("is {n_group}, must divide the {experts} experts");
         return Err(OpError::value(operation, "n_group", reason));
     }
@@ -234,11 +229,7 @@ fn check_routing(operation: &'static str, routing: &Routing, experts: usize) -> 
         let reason = format!("is {top_k}, must be in 1..={selectable} selectable experts");
         return Err(OpError::value(operation, "top_k", reason));
     }
-    check::finite(
-        operation,
-        "routed_scaling_factor",
-        routing.routed_scaling_factor,
-    )?;
+    check::finite(operation, "routed_scaling_factor", routing.routed_scaling_factor)?;
     check::finite(operation, "norm_eps", routing.norm_eps)
 }
 
@@ -255,18 +246,10 @@ pub fn expert_id_error(token: usize, slot: usize, id: u32, experts: usize) -> Op
 
 /// The error of an expert chosen twice for one token.
 pub fn duplicate_expert_error(token: usize, id: u32) -> OpError {
-    OpError::value(
-        "moe_group",
-        "ids",
-        format!("[{token}] names expert {id} twice"),
-    )
+    OpError::value("moe_group", "ids", format!("[{token}] names expert {id} twice"))
 }
 
 /// The error of an inverse index outside the rows.
 pub fn inverse_index_error(assignment: usize, index: u32, rows: usize) -> OpError {
-    OpError::value(
-        "moe_combine",
-        "inverse",
-        format!("[{assignment}] is {index}, rows are {rows}"),
-    )
+    OpError::value("moe_combine", "inverse", format!("[{assignment}] is {index}, rows are {rows}"))
 }

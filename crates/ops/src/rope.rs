@@ -61,11 +61,7 @@ pub struct RopeConfig {
 
 /// `0.1 mscale ln(factor) + 1`, or 1 for `factor <= 1`.
 pub fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 {
-        1.0
-    } else {
-        0.1 * mscale * factor.ln() + 1.0
-    }
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 impl RopeConfig {
@@ -73,22 +69,14 @@ impl RopeConfig {
     pub fn inverse_frequencies(&self) -> Result<Vec<f64>> {
         const OP: &str = "rope_table";
         let d = self.rotary_dim;
-        if d == 0 || d % 2 != 0 {
-            return Err(OpError::value(
-                OP,
-                "rotary_dim",
-                format!("is {d}, must be even and above 0"),
-            ));
+        if d == 0 || !d.is_multiple_of(2) {
+            return Err(OpError::value(OP, "rotary_dim", format!("is {d}, must be even and above 0")));
         }
         let positive = |name: &'static str, v: f64| {
             if v.is_finite() && v > 0.0 {
                 return Ok(());
             }
-            Err(OpError::value(
-                OP,
-                name,
-                format!("is {v}, must be finite and above 0"),
-            ))
+            Err(OpError::value(OP, name, format!("is {v}, must be finite and above 0")))
         };
         positive("theta", self.theta)?;
         let base = |i: usize| self.theta.powf(-2.0 * i as f64 / d as f64);
@@ -99,21 +87,13 @@ impl RopeConfig {
                 positive("factor", factor)?;
                 (0..half).map(|i| base(i) / factor).collect()
             }
-            RopeScaling::Yarn {
-                factor,
-                original_max_position,
-                beta_fast,
-                beta_slow,
-                truncate,
-                ..
-            } => {
+            RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, truncate, .. } => {
                 positive("factor", factor)?;
                 positive("original_max_position_embeddings", original_max_position)?;
                 positive("beta_fast", beta_fast)?;
                 positive("beta_slow", beta_slow)?;
                 let correction = |rotations: f64| {
-                    d as f64 * (original_max_position / (2.0 * PI * rotations)).ln()
-                        / (2.0 * self.theta.ln())
+                    d as f64 * (original_max_position / (2.0 * PI * rotations)).ln() / (2.0 * self.theta.ln())
                 };
                 let (mut low, mut high) = (correction(beta_fast), correction(beta_slow));
                 if truncate {
@@ -130,12 +110,7 @@ impl RopeConfig {
                     })
                     .collect()
             }
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position,
-            } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
                 positive("factor", factor)?;
                 positive("low_freq_factor", low_freq_factor)?;
                 positive("original_max_position_embeddings", original_max_position)?;
@@ -152,8 +127,7 @@ impl RopeConfig {
                         } else if rotations > high_freq_factor {
                             base(i)
                         } else {
-                            let smooth = (rotations - low_freq_factor)
-                                / (high_freq_factor - low_freq_factor);
+                            let smooth = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);
                             (1.0 - smooth) * base(i) / factor + smooth * base(i)
                         }
                     })
@@ -164,14 +138,7 @@ impl RopeConfig {
 
     /// Factor on cos and sin (YaRN's attention factor), 1 for other kinds.
     pub fn attention_factor(&self) -> f64 {
-        let RopeScaling::Yarn {
-            factor,
-            attention_factor,
-            mscale,
-            mscale_all_dim,
-            ..
-        } = self.scaling
-        else {
+        let RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } = self.scaling else {
             return 1.0;
         };
         let nonzero = |v: Option<f64>| v.filter(|&v| v != 0.0);
@@ -187,9 +154,7 @@ impl RopeConfig {
         let frequencies = self.inverse_frequencies()?;
         let factor = self.attention_factor();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        Ok(angles
-            .map(|a| ((a.cos() * factor) as f32, (a.sin() * factor) as f32))
-            .unzip())
+        Ok(angles.map(|a| ((a.cos() * factor) as f32, (a.sin() * factor) as f32)).unzip())
     }
 }
 
@@ -292,22 +257,13 @@ pub trait RopeOps: Device {
         const OP: &str = "rope";
         args.table.check(OP)?;
         let &[tokens, heads, head_dim] = args.x.dims() else {
-            return Err(OpError::shape(
-                OP,
-                "x",
-                args.x.dims(),
-                "[tokens, heads, head_dim]",
-            ));
+            return Err(OpError::shape(OP, "x", args.x.dims(), "[tokens, heads, head_dim]"));
         };
         check::float(OP, "x", args.x)?;
         check::dtype(OP, "positions", args.positions, DType::U32)?;
         check::dims(OP, "positions", args.positions, &[tokens])?;
         if args.offset + args.table.rotary_dim() > head_dim {
-            let expected = format!(
-                "head_dim >= {} + offset {}",
-                args.table.rotary_dim(),
-                args.offset
-            );
+            let expected = format!("head_dim >= {} + offset {}", args.table.rotary_dim(), args.offset);
             return Err(OpError::shape(OP, "x", args.x.dims(), expected));
         }
         if tokens == 0 || heads == 0 {
@@ -339,18 +295,12 @@ pub trait RopeOps: Device {
             [sequences, capacity, columns] => {
                 columns == width
                     && args.sequence < sequences
-                    && args
-                        .start
-                        .checked_add(tokens)
-                        .is_some_and(|end| end <= capacity)
+                    && args.start.checked_add(tokens).is_some_and(|end| end <= capacity)
             }
             _ => false,
         };
         if !fits {
-            let expected = format!(
-                "[sequences > {}, capacity >= {} + {tokens}, {width}]",
-                args.sequence, args.start
-            );
+            let expected = format!("[sequences > {}, capacity >= {} + {tokens}, {width}]", args.sequence, args.start);
             return Err(OpError::shape(OP, "cache", args.cache.dims(), expected));
         }
         if tokens == 0 {
@@ -361,12 +311,7 @@ pub trait RopeOps: Device {
 }
 
 /// The error of a position outside the table.
-pub fn position_error(
-    operation: &'static str,
-    index: usize,
-    position: u32,
-    positions: usize,
-) -> OpError {
+pub fn position_error(operation: &'static str, index: usize, position: u32, positions: usize) -> OpError {
     let reason = format!("[{index}] is {position}, the rope table has {positions} positions");
     OpError::value(operation, "positions", reason)
 }
@@ -386,11 +331,7 @@ mod tests {
             mscale_all_dim: None,
             truncate: true,
         };
-        RopeConfig {
-            theta,
-            rotary_dim: d,
-            scaling,
-        }
+        RopeConfig { theta, rotary_dim: d, scaling }
     }
 
     #[test]
@@ -410,14 +351,7 @@ mod tests {
     fn yarn_attention_factors() {
         let mut config = yarn(40.0, 1e4, 64, 4096.0);
         assert!((config.attention_factor() - (0.1 * 40f64.ln() + 1.0)).abs() < 1e-15);
-        let RopeScaling::Yarn {
-            mscale,
-            mscale_all_dim,
-            ..
-        } = &mut config.scaling
-        else {
-            unreachable!()
-        };
+        let RopeScaling::Yarn { mscale, mscale_all_dim, .. } = &mut config.scaling else { unreachable!() };
         (*mscale, *mscale_all_dim) = (Some(0.707), Some(0.707));
         assert_eq!(config.attention_factor(), 1.0);
         // operations.md section 12: the softmax scale factor of DeepSeek-V2 and V3.
@@ -433,11 +367,7 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position: 8192.0,
         };
-        let config = RopeConfig {
-            theta: 5e5,
-            rotary_dim: 128,
-            scaling,
-        };
+        let config = RopeConfig { theta: 5e5, rotary_dim: 128, scaling };
         let f = config.inverse_frequencies().unwrap();
         let base = |i: usize| 5e5f64.powf(-2.0 * i as f64 / 128.0);
         assert_eq!(f[0], 1.0);
@@ -451,54 +381,21 @@ mod tests {
 
     #[test]
     fn tables_reduce_in_f64() {
-        let config = RopeConfig {
-            theta: 1e6,
-            rotary_dim: 64,
-            scaling: RopeScaling::Default,
-        };
+        let config = RopeConfig { theta: 1e6, rotary_dim: 64, scaling: RopeScaling::Default };
         let (cos, sin) = config.tables(4096).unwrap();
         assert_eq!((cos[0], sin[0]), (1.0, 0.0));
         assert_eq!(cos[4095 * 32], 4095f64.cos() as f32);
-        assert_eq!(
-            sin[4095 * 32 + 1],
-            (4095.0 * 1e6f64.powf(-2.0 / 64.0)).sin() as f32
-        );
+        assert_eq!(sin[4095 * 32 + 1], (4095.0 * 1e6f64.powf(-2.0 / 64.0)).sin() as f32);
     }
 
     #[test]
     fn bad_configurations_are_refused() {
-        let good = RopeConfig {
-            theta: 1e4,
-            rotary_dim: 64,
-            scaling: RopeScaling::Default,
-        };
-        assert!(
-            RopeConfig {
-                rotary_dim: 63,
-                ..good
-            }
-            .inverse_frequencies()
-            .is_err()
-        );
-        assert!(
-            RopeConfig { theta: 0.0, ..good }
-                .inverse_frequencies()
-                .is_err()
-        );
-        assert!(
-            RopeConfig {
-                theta: f64::NAN,
-                ..good
-            }
-            .inverse_frequencies()
-            .is_err()
-        );
+        let good = RopeConfig { theta: 1e4, rotary_dim: 64, scaling: RopeScaling::Default };
+        assert!(RopeConfig { rotary_dim: 63, ..good }.inverse_frequencies().is_err());
+        assert!(RopeConfig { theta: 0.0, ..good }.inverse_frequencies().is_err());
+        assert!(RopeConfig { theta: f64::NAN, ..good }.inverse_frequencies().is_err());
         let scaling = RopeScaling::Linear { factor: 0.0 };
-        assert!(
-            RopeConfig { scaling, ..good }
-                .inverse_frequencies()
-                .is_err()
-        );
+        assert!(RopeConfig { scaling, ..good }.inverse_frequencies().is_err());
         assert!(yarn(-1.0, 1e4, 64, 4096.0).inverse_frequencies().is_err());
     }
 }

@@ -19,12 +19,7 @@ pub struct LogitsProcess {
 
 impl Default for LogitsProcess {
     fn default() -> Self {
-        Self {
-            repetition_penalty: 1.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            temperature: 1.0,
-        }
+        Self { repetition_penalty: 1.0, frequency_penalty: 0.0, presence_penalty: 0.0, temperature: 1.0 }
     }
 }
 
@@ -43,12 +38,7 @@ pub struct SampleFilter {
 
 impl SampleFilter {
     /// No filter.
-    pub const NONE: Self = Self {
-        top_k: None,
-        top_p: None,
-        min_p: None,
-        typical: None,
-    };
+    pub const NONE: Self = Self { top_k: None, top_p: None, min_p: None, typical: None };
 }
 
 /// Processes one row of logits in place.
@@ -148,31 +138,18 @@ pub fn check_filter(filter: &SampleFilter) -> Result<()> {
     }
     for (name, value) in [("top_p", filter.top_p), ("min_p", filter.min_p)] {
         if let Some(v) = value.filter(|v| !(0.0..=1.0).contains(v)) {
-            return Err(OpError::value(
-                OP,
-                name,
-                format!("is {v}, must be in [0, 1]"),
-            ));
+            return Err(OpError::value(OP, name, format!("is {v}, must be in [0, 1]")));
         }
     }
     if let Some(v) = filter.typical.filter(|v| !(*v > 0.0 && *v < 1.0)) {
-        return Err(OpError::value(
-            OP,
-            "typical",
-            format!("is {v}, must be in (0, 1)"),
-        ));
+        return Err(OpError::value(OP, "typical", format!("is {v}, must be in (0, 1)")));
     }
     Ok(())
 }
 
 fn check_vocabulary<D: Device>(operation: &'static str, logits: &Tensor<D>) -> Result<()> {
     if logits.columns() == 0 {
-        return Err(OpError::shape(
-            operation,
-            "logits",
-            logits.dims(),
-            "at least one column",
-        ));
+        return Err(OpError::shape(operation, "logits", logits.dims(), "at least one column"));
     }
     Ok(())
 }

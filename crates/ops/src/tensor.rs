@@ -18,21 +18,11 @@ pub struct Shape {
 impl Shape {
     /// A shape of at most [`MAX_RANK`] dimensions whose element count fits in `usize`.
     pub fn new(dims: &[usize]) -> Result<Self> {
-        let count = dims
-            .iter()
-            .try_fold(1usize, |product, &d| product.checked_mul(d));
+        let count = dims.iter().try_fold(1usize, |product, &d| product.checked_mul(d));
         if dims.len() > MAX_RANK || count.is_none() {
-            return Err(OpError::shape(
-                "shape",
-                "dims",
-                dims,
-                "at most 4 dimensions, no overflow",
-            ));
+            return Err(OpError::shape("shape", "dims", dims, "at most 4 dimensions, no overflow"));
         }
-        let mut shape = Self {
-            dims: [0; MAX_RANK],
-            rank: dims.len(),
-        };
+        let mut shape = Self { dims: [0; MAX_RANK], rank: dims.len() };
         shape.dims[..dims.len()].copy_from_slice(dims);
         Ok(shape)
     }
@@ -66,12 +56,7 @@ pub struct Tensor<D: Device> {
 impl<D: Device> Tensor<D> {
     /// Wraps a buffer of exactly `shape` elements; called by devices.
     pub fn from_buffer(buffer: D::Buffer, shape: Shape, dtype: DType) -> Self {
-        Self {
-            buffer,
-            shape,
-            dtype,
-            capacity: shape.elements(),
-        }
+        Self { buffer, shape, dtype, capacity: shape.elements() }
     }
 
     /// The device buffer.
@@ -160,56 +145,29 @@ impl HostTensor {
     /// A view of `bytes[start..]`; the length must cover the shape.
     pub fn new(dtype: DType, dims: &[usize], bytes: SharedBytes, start: usize) -> Result<Self> {
         let shape = Shape::new(dims)?;
-        let needed = shape
-            .elements()
-            .checked_mul(dtype.size_in_bytes())
-            .and_then(|n| n.checked_add(start));
+        let needed = shape.elements().checked_mul(dtype.size_in_bytes()).and_then(|n| n.checked_add(start));
         if needed.is_none_or(|n| n > (*bytes).as_ref().len()) {
-            return Err(OpError::shape(
-                "host tensor",
-                "bytes",
-                dims,
-                "a buffer that holds the shape",
-            ));
+            return Err(OpError::shape("host tensor", "bytes", dims, "a buffer that holds the shape"));
         }
-        Ok(Self {
-            dtype,
-            shape,
-            bytes,
-            start,
-        })
+        Ok(Self { dtype, shape, bytes, start })
     }
 
     /// An owned f32 tensor.
     pub fn from_f32(dims: &[usize], values: &[f32]) -> Result<Self> {
-        Self::owned(
-            DType::F32,
-            dims,
-            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        )
+        Self::owned(DType::F32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
     /// An owned u32 tensor.
     pub fn from_u32(dims: &[usize], values: &[u32]) -> Result<Self> {
-        Self::owned(
-            DType::U32,
-            dims,
-            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        )
+        Self::owned(DType::U32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
     /// An owned tensor of the given float dtype, each value rounded once (RNE).
     pub fn from_f32_as(dtype: DType, dims: &[usize], values: &[f32]) -> Result<Self> {
         let bytes = match dtype {
             DType::F32 => return Self::from_f32(dims, values),
-            DType::F16 => values
-                .iter()
-                .flat_map(|&v| f16::from_f32(v).to_le_bytes())
-                .collect(),
-            DType::BF16 => values
-                .iter()
-                .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
-                .collect(),
+            DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
             found => {
                 return Err(OpError::DType {
                     operation: "host tensor",
@@ -225,12 +183,7 @@ impl HostTensor {
     fn owned(dtype: DType, dims: &[usize], bytes: Vec<u8>) -> Result<Self> {
         let shape = Shape::new(dims)?;
         if bytes.len() != shape.elements() * dtype.size_in_bytes() {
-            return Err(OpError::shape(
-                "host tensor",
-                "values",
-                dims,
-                "as many values as the shape",
-            ));
+            return Err(OpError::shape("host tensor", "values", dims, "as many values as the shape"));
         }
         Self::new(dtype, dims, Arc::new(bytes), 0)
     }
@@ -263,12 +216,9 @@ impl HostTensor {
             DType::F32 => Ok(le_chunks(bytes, f32::from_le_bytes)),
             DType::F16 => Ok(le_chunks(bytes, |b| f16::from_le_bytes(b).to_f32())),
             DType::BF16 => Ok(le_chunks(bytes, |b| bf16::from_le_bytes(b).to_f32())),
-            found => Err(OpError::DType {
-                operation: "host tensor",
-                operand: "values",
-                found,
-                expected: "F32, F16 or BF16",
-            }),
+            found => {
+                Err(OpError::DType { operation: "host tensor", operand: "values", found, expected: "F32, F16 or BF16" })
+            }
         }
     }
 
@@ -276,12 +226,7 @@ impl HostTensor {
     pub fn to_u32(&self) -> Result<Vec<u32>> {
         match self.dtype {
             DType::U32 | DType::I32 => Ok(le_chunks(self.bytes(), u32::from_le_bytes)),
-            found => Err(OpError::DType {
-                operation: "host tensor",
-                operand: "values",
-                found,
-                expected: "U32 or I32",
-            }),
+            found => Err(OpError::DType { operation: "host tensor", operand: "values", found, expected: "U32 or I32" }),
         }
     }
 

@@ -24,12 +24,7 @@ impl Weight {
     /// A dense `[out_features, in_features]` weight.
     pub fn dense(values: HostTensor) -> Result<Self> {
         if values.dims().len() != 2 {
-            return Err(OpError::shape(
-                "weight",
-                "values",
-                values.dims(),
-                "[out, in]",
-            ));
+            return Err(OpError::shape("weight", "values", values.dims(), "[out, in]"));
         }
         if !matches!(values.dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(OpError::DType {
@@ -39,30 +34,19 @@ impl Weight {
                 expected: "F32, F16 or BF16",
             });
         }
-        Ok(Self {
-            data: WeightData::Dense(values),
-            bias: None,
-        })
+        Ok(Self { data: WeightData::Dense(values), bias: None })
     }
 
     /// A quantized weight; its buffers are validated.
     pub fn quantized(matrix: QuantizedMatrix) -> Result<Self> {
         matrix.validate()?;
-        Ok(Self {
-            data: WeightData::Quantized(matrix),
-            bias: None,
-        })
+        Ok(Self { data: WeightData::Quantized(matrix), bias: None })
     }
 
     /// The same weight with a bias `[out_features]`.
     pub fn with_bias(mut self, bias: Vec<f32>) -> Result<Self> {
         if bias.len() != self.out_features() {
-            return Err(OpError::shape(
-                "weight",
-                "bias",
-                &[bias.len()],
-                "[out_features]",
-            ));
+            return Err(OpError::shape("weight", "bias", &[bias.len()], "[out_features]"));
         }
         self.bias = Some(bias);
         Ok(self)
@@ -169,9 +153,7 @@ impl<D: Device> ExpertStack<D> {
     /// Checks that the experts agree and repacks them.
     pub fn new(device: &D, experts: Vec<ExpertWeights>) -> Result<Self> {
         const OP: &str = "expert stack";
-        let first = experts
-            .first()
-            .ok_or_else(|| OpError::value(OP, "experts", "is empty: at least one is needed"))?;
+        let first = experts.first().ok_or_else(|| OpError::value(OP, "experts", "is empty: at least one is needed"))?;
         let (hidden, intermediate) = (first.gate.in_features(), first.gate.out_features());
         let mut size_in_bytes = 0;
         for (e, expert) in experts.iter().enumerate() {
@@ -190,13 +172,7 @@ impl<D: Device> ExpertStack<D> {
         }
         let count = experts.len();
         let data = device.prepare_experts(experts)?;
-        Ok(Self {
-            hidden,
-            intermediate,
-            count,
-            size_in_bytes,
-            data,
-        })
+        Ok(Self { hidden, intermediate, count, size_in_bytes, data })
     }
 
     /// Model width.

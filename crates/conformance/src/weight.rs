@@ -1,0 +1,141 @@
+//! Weights for the cases: every code, irregular scales and zeros, garbage in the padding.
+
+use std::fmt;
+
+use half::f16;
+use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme};
+use marlin_ops::{HostTensor, Result, Weight};
+
+use crate::random::Random;
+
+/// How a weight is stored.
+#[derive(Clone, Copy)]
+pub(crate) enum Storage {
+    Dense(DType),
+    Quantized(Format, usize),
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Storage::Dense(dtype) => write!(f, "{}", dtype.name().to_lowercase()),
+            Storage::Quantized(format, group_size) => write!(f, "{format}:g{group_size}"),
+        }
+    }
+}
+
+/// Which group scales are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scales {
+    /// Around 1/32.
+    Usual,
+    /// As usual, every other group 0.
+    SomeZero,
+    /// The largest that the stored type has (2^60 for E8M0, to stay inside f32).
+    Large,
+    /// The smallest ones (2^-117 for E8M0, where products are still normal).
+    Tiny,
+}
+
+pub(crate) const DENSE: [Storage; 3] =
+    [Storage::Dense(DType::F32), Storage::Dense(DType::F16), Storage::Dense(DType::BF16)];
+
+/// Group sizes that the cases use with a format.
+pub(crate) fn group_sizes(format: Format) -> Vec<usize> {
+    let sizes = [16, 32, 64, 128, 256, 24, 96];
+    sizes.into_iter().filter(|&g| format.check_group_size(g).is_ok()).collect()
+}
+
+/// A random `[n, k]` weight.
+pub(crate) fn random_weight(
+    storage: Storage,
+    n: usize,
+    k: usize,
+    scales: Scales,
+    random: &mut Random,
+) -> Result<Weight> {
+    match storage {
+        Storage::Dense(dtype) => {
+            let values: Vec<f32> = random.normals(n * k).iter().map(|v| v / 8.0).collect();
+            Weight::dense(HostTensor::from_f32_as(dtype, &[n, k], &values)?)
+        }
+        Storage::Quantized(format, group_size) => {
+            let mut code = |_: usize, _: usize| finite_code(format, random.word());
+            let codes: Vec<Vec<u8>> = (0..n).map(|n| (0..k).map(|k| code(n, k)).collect()).collect();
+            Weight::quantized(matrix(format, group_size, &codes, scales, random)?)
+        }
+    }
+}
+
+/// A weight in which every input feature k meets every code: `code(n, k) = (n + k) mod codes`.
+pub(crate) fn all_codes(format: Format, k: usize, random: &mut Random) -> Result<Weight> {
+    let codes = 1u32 << format.code_bits();
+    let columns: Vec<Vec<u8>> =
+        (0..codes).map(|n| (0..k as u32).map(|k| finite_code(format, n + k)).collect()).collect();
+    let group_size = group_sizes(format)[0];
+    Weight::quantized(matrix(format, group_size, &columns, Scales::Usual, random)?)
+}
+
+/// The code of these bits, or 1 where they stand for NaN or infinity.
+fn finite_code(format: Format, bits: u32) -> u8 {
+    let code = (bits & ((1 << format.code_bits()) - 1)) as u8;
+    if format.value(code, 0.0).is_finite() { code } else { 1 }
+}
+
+/// Packs `codes[n][k]` with random groups; padding gets random bits, NaN codes included.
+fn matrix(
+    format: Format,
+    group_size: usize,
+    codes: &[Vec<u8>],
+    scales: Scales,
+    random: &mut Random,
+) -> Result<QuantizedMatrix> {
+    let scheme = Scheme::new(format, group_size)?;
+    let (n, k) = (codes.len(), codes[0].len());
+    let layout = format.layout();
+    let mut words = vec![0; scheme.code_rows(k) * n];
+    for (column, codes) in codes.iter().enumerate() {
+        let mut padded = codes.clone();
+        let mask = (1u32 << format.code_bits()) - 1;
+        padded.resize_with(k.next_multiple_of(layout.codes_per_unit()), || {
+            (random.word() & mask) as u8 | mask as u8 >> 1
+        });
+        layout.store_column(&padded, &mut words, n, column);
+    }
+    let groups = scheme.groups(k) * n;
+    Ok(QuantizedMatrix {
+        scheme,
+        in_features: k,
+        out_features: n,
+        codes: words,
+        scales: (0..groups).map(|i| scale_bits(format, scales, i, random)).collect(),
+        zeros: match format.has_zeros() {
+            true => (0..groups).map(|_| zero_bits(format, random)).collect(),
+            false => Vec::new(),
+        },
+        tensor_scale: (format == Format::Nvfp4).then_some(37.5),
+    })
+}
+
+fn scale_bits(format: Format, scales: Scales, index: usize, random: &mut Random) -> u16 {
+    let small = random.below(4) as u16;
+    match (format.scale_kind(), scales) {
+        (_, Scales::SomeZero) if index % 2 == 1 && format.scale_kind() != ScaleKind::E8m0 => 0,
+        (ScaleKind::F16, Scales::Large) => 0x7BFF - small,
+        (ScaleKind::F16, Scales::Tiny) => 1 + small,
+        (ScaleKind::F16, _) => f16::from_f32((0.5 + random.unit()) / 32.0).to_bits(),
+        (ScaleKind::E4m3, Scales::Large) => 0x7E - small,
+        (ScaleKind::E4m3, Scales::Tiny) => 1 + small,
+        (ScaleKind::E4m3, _) => 0x20 + random.below(0x30) as u16,
+        (ScaleKind::E8m0, Scales::Large) => 187 - small,
+        (ScaleKind::E8m0, Scales::Tiny) => 10 + small,
+        // E8M0 has no zero.
+        (ScaleKind::E8m0, _) => 118 + small,
+    }
+}
+
+/// A zero point in steps of 1/8.
+fn zero_bits(format: Format, random: &mut Random) -> u16 {
+    let levels = (1usize << format.code_bits()) - 1;
+    f16::from_f32(random.below(8 * levels) as f32 / 8.0).to_bits()
+}

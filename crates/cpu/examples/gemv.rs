@@ -1,0 +1,108 @@
+//! Speed of the linear kernels: `cargo run --release -p marlin-cpu --example gemv` (`MARLIN_ISA` picks the instructions).
+//!
+//! Prints the rate at which one-row products (decode) read weights next to plain reads of memory, and the arithmetic
+//! rate of 512-row products (prefill).
+
+use std::time::Instant;
+
+use marlin_cpu::{Cpu, CpuOptions};
+use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme};
+use marlin_ops::linear::{Activation, LinearArgs, Residual};
+use marlin_ops::rng::{Stream, random_word};
+use marlin_ops::{Device, HostTensor, Linear, LinearOps, OpError, Result, Tensor, Weight};
+
+const N: usize = 3072;
+const K: usize = 1024;
+/// Weights are taken in turn, so that none is in a cache when its turn comes.
+const ROTATED_BYTES: usize = 1 << 30;
+
+fn weight(format: Format, group_size: usize, seed: u64) -> Result<Weight> {
+    let scheme = Scheme::new(format, group_size)?;
+    let word = |i: usize| random_word(seed, Stream::Weights, 0, 0, i as u32);
+    let mask = ((1u32 << format.code_bits()) - 1) as u8;
+    let codes: Vec<u8> = (0..N * K).map(|i| word(i / 4) as u8 >> (i % 4) & mask).collect();
+    let group = format.group_from_bits(0x2000, 0, None)?;
+    let groups: Vec<Group> = vec![group; N * scheme.groups(K)];
+    Weight::quantized(QuantizedMatrix::from_codes(scheme, K, N, &codes, &groups, None)?)
+}
+
+fn dense(dtype: DType) -> Result<Weight> {
+    let values: Vec<f32> = (0..N * K).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
+    Weight::dense(HostTensor::from_f32_as(dtype, &[N, K], &values)?)
+}
+
+fn rows(cpu: &Cpu, rows: usize, columns: usize) -> Result<Tensor<Cpu>> {
+    let values: Vec<f32> = (0..rows * columns).map(|i| (i as f32).sin()).collect();
+    cpu.upload(&HostTensor::from_f32(&[rows, columns], &values)?)
+}
+
+fn product(cpu: &Cpu, x: &Tensor<Cpu>, w: &Linear<Cpu>, out: &mut Tensor<Cpu>) -> Result<()> {
+    cpu.linear(LinearArgs { x, weight: w, activation: Activation::None, out_scale: 1.0, residual: Residual::None, out })
+}
+
+/// Best of five: seconds of one call of `f`.
+fn best(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut least = f64::INFINITY;
+    for _ in 0..5 {
+        let start = Instant::now();
+        f()?;
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    Ok(least)
+}
+
+/// GB/s of plain reads by all threads.
+fn read_bandwidth(threads: usize) -> Result<f64> {
+    let data = vec![1u64; ROTATED_BYTES / 8];
+    let mut total = 0u64;
+    let seconds = best(|| {
+        total = std::thread::scope(|scope| {
+            let parts = data.chunks(data.len().div_ceil(threads));
+            let sum = |part: &[u64]| part.iter().fold(0u64, |a, b| a.wrapping_add(*b));
+            let workers: Vec<_> = parts.map(|part| scope.spawn(move || sum(part))).collect();
+            workers.into_iter().filter_map(|w| w.join().ok()).sum()
+        });
+        Ok(())
+    })?;
+    if total != data.len() as u64 {
+        return Err(OpError::value("gemv", "data", "was not read completely"));
+    }
+    Ok(ROTATED_BYTES as f64 / seconds / 1e9)
+}
+
+fn measure(cpu: &Cpu, name: &str, weight: &Weight, bandwidth: f64) -> Result<()> {
+    let bytes = weight.size_in_bytes();
+    let count = (ROTATED_BYTES / bytes).max(1);
+    let weights: Vec<Linear<Cpu>> = (0..count).map(|_| Linear::new(cpu, weight.clone())).collect::<Result<_>>()?;
+    let (x, mut out) = (rows(cpu, 1, K)?, rows(cpu, 1, N)?);
+    let seconds = best(|| weights.iter().try_for_each(|w| product(cpu, &x, w, &mut out)))?;
+    let rate = (count * bytes) as f64 / seconds / 1e9;
+    let (x, mut out) = (rows(cpu, 512, K)?, rows(cpu, 512, N)?);
+    let seconds = best(|| weights[..8].iter().try_for_each(|w| product(cpu, &x, w, &mut out)))?;
+    let flops = 8.0 * 2.0 * (512 * N * K) as f64 / seconds / 1e9;
+    let share = rate / bandwidth;
+    let packed = weights[0].data().size_in_bytes() as f64 / bytes as f64;
+    println!("{name:28} {rate:7.1} GB/s  {share:5.2} of reads  {flops:8.0} GFLOP/s  packed {packed:.3}");
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let formats = [
+        ("int4_s4 g32", weight(Format::Int4S4, 32, 1)?),
+        ("int4_s4 g128", weight(Format::Int4S4, 128, 1)?),
+        ("fp4 g32", weight(Format::Fp4E2m1, 32, 1)?),
+        ("int8 g128", weight(Format::Int8, 128, 1)?),
+        ("int3 g64", weight(Format::Int3, 64, 1)?),
+        ("fp8_e4m3 g128", weight(Format::Fp8E4m3, 128, 1)?),
+        ("bf16", dense(DType::BF16)?),
+    ];
+    for exact in [false, true] {
+        let cpu = Cpu::new(CpuOptions { exact, ..CpuOptions::default() })?;
+        let bandwidth = read_bandwidth(cpu.threads())?;
+        println!("{:?}, {} threads, exact {exact}, reads {bandwidth:.1} GB/s", cpu.isa(), cpu.threads());
+        for (name, weight) in &formats {
+            measure(&cpu, name, weight, bandwidth)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,359 @@
+//! The weight layout: tiles of sixteen output columns, repacked once at load. A line holds one code word, scale or value
+//! for each column of a tile, so a lane is a column and no kernel sums across lanes.
+//!
+//! - codes: `[tiles][code_rows][16]` u32, the native words; rows are padded to whole blocks of 32 input features;
+//! - scales and zeros: `[tiles][groups][16]` in their stored type;
+//! - dense values: `[tiles][K][16]` in the stored dtype.
+//!
+//! Padding columns hold zeros. The third word of a 3-bit unit is stored with its bits in the order of
+//! [`CodeOrder::Pairs`], so that high bits meet their low bits with shifts alone.
+
+use half::f16;
+use marlin_formats::pack::Layout;
+use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme};
+use marlin_ops::activation::ACTIVATION_BLOCK;
+use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
+
+use crate::pool::Pool;
+use crate::simd::{LANES, Line};
+
+/// A linear layer in column tiles.
+pub struct PackedWeight {
+    pub(crate) in_features: usize,
+    pub(crate) out_features: usize,
+    pub(crate) values: Values,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// The routed experts of a layer.
+pub struct PackedExperts(pub(crate) Vec<PackedExpert>);
+
+/// The three projections of one expert.
+pub(crate) struct PackedExpert {
+    pub(crate) gate: PackedWeight,
+    pub(crate) up: PackedWeight,
+    pub(crate) down: PackedWeight,
+}
+
+/// Stored values of a weight.
+pub(crate) enum Values {
+    F32(Vec<Line<f32>>),
+    F16(Vec<[u16; LANES]>),
+    BF16(Vec<[u16; LANES]>),
+    Quantized(Quantized),
+}
+
+/// Codes, scales and zeros of a weight.
+pub(crate) struct Quantized {
+    pub(crate) scheme: Scheme,
+    /// Lines of codes per tile.
+    pub(crate) code_rows: usize,
+    /// Lines of scales per tile.
+    pub(crate) groups: usize,
+    pub(crate) codes: Vec<Line<u32>>,
+    pub(crate) scales: Scales,
+    /// f16 bits; empty when the format has no zeros.
+    pub(crate) zeros: Vec<[u16; LANES]>,
+    /// Value of a code at zero point 0, by its low four bits; formats of at most four bits.
+    pub(crate) levels: [f32; LANES],
+    /// Value of each byte; 8-bit floats only.
+    pub(crate) byte_levels: Option<Box<[f32; 256]>>,
+}
+
+/// Group scales.
+pub(crate) enum Scales {
+    /// f16 bits.
+    F16(Vec<[u16; LANES]>),
+    /// Bytes with the multiplier that each stands for (tensor scale included).
+    Byte { bytes: Vec<[u8; LANES]>, table: Box<[f32; 256]> },
+}
+
+/// Where the codes of a block of 32 input features come to lie when its words are split into eight vectors of four
+/// bytes per column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CodeOrder {
+    /// 4-bit words: even codes of a word, then odd ones.
+    Nibbles,
+    /// 8-bit words: as stored.
+    Bytes,
+    /// 2-bit words: every fourth code, four times.
+    Pairs,
+}
+
+impl CodeOrder {
+    /// All orders.
+    pub(crate) const ALL: [Self; 3] = [Self::Nibbles, Self::Bytes, Self::Pairs];
+
+    /// The input feature, within its block of 32, of byte `b` of vector `v`.
+    pub(crate) const fn feature(self, v: usize, b: usize) -> usize {
+        match self {
+            Self::Nibbles => 8 * (v / 2) + 2 * b + v % 2,
+            Self::Bytes => 4 * v + b,
+            Self::Pairs => 16 * (v / 4) + 4 * b + v % 4,
+        }
+    }
+
+    /// The order of a packing.
+    pub(crate) fn of(layout: Layout) -> Self {
+        match layout {
+            Layout::Bits4 => Self::Nibbles,
+            Layout::Bits8 => Self::Bytes,
+            Layout::Bits2 | Layout::Planar3 => Self::Pairs,
+        }
+    }
+}
+
+impl PackedWeight {
+    /// Repacks a host weight.
+    pub(crate) fn new(pool: &Pool, weight: Weight) -> Result<Self> {
+        let (in_features, out_features) = (weight.in_features(), weight.out_features());
+        let values = match &weight.data {
+            WeightData::Dense(tensor) => pack_dense(pool, tensor, out_features, in_features)?,
+            WeightData::Quantized(matrix) => Values::Quantized(pack_quantized(pool, matrix)?),
+        };
+        Ok(Self { in_features, out_features, values, bias: weight.bias })
+    }
+
+    /// Tiles of sixteen output columns.
+    pub(crate) fn tiles(&self) -> usize {
+        self.out_features.div_ceil(LANES)
+    }
+
+    /// Bytes held by the repacked values and the bias.
+    pub fn size_in_bytes(&self) -> usize {
+        let values = match &self.values {
+            Values::F32(lines) => size_of_val(&lines[..]),
+            Values::F16(lines) | Values::BF16(lines) => size_of_val(&lines[..]),
+            Values::Quantized(q) => {
+                let scales = match &q.scales {
+                    Scales::F16(lines) => size_of_val(&lines[..]),
+                    Scales::Byte { bytes, .. } => size_of_val(&bytes[..]),
+                };
+                size_of_val(&q.codes[..]) + scales + size_of_val(&q.zeros[..])
+            }
+        };
+        values + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
+    }
+
+    /// Bias of a tile's columns, 0 where there is none.
+    pub(crate) fn bias_line(&self, tile: usize) -> [f32; LANES] {
+        let mut line = [0.0; LANES];
+        if let Some(bias) = &self.bias {
+            let columns = self.columns(tile);
+            line[..columns].copy_from_slice(&bias[tile * LANES..][..columns]);
+        }
+        line
+    }
+
+    /// Columns of a tile that exist.
+    pub(crate) fn columns(&self, tile: usize) -> usize {
+        (self.out_features - tile * LANES).min(LANES)
+    }
+
+    /// Decodes output column `n` into `out` (K values).
+    pub(crate) fn column(&self, n: usize, out: &mut [f32]) {
+        let (tile, lane, k) = (n / LANES, n % LANES, self.in_features);
+        match &self.values {
+            Values::F32(lines) => {
+                for (out, line) in out.iter_mut().zip(&lines[tile * k..]) {
+                    *out = line.0[lane];
+                }
+            }
+            Values::F16(lines) => {
+                for (out, line) in out.iter_mut().zip(&lines[tile * k..]) {
+                    *out = f16::from_bits(line[lane]).to_f32();
+                }
+            }
+            Values::BF16(lines) => {
+                for (out, line) in out.iter_mut().zip(&lines[tile * k..]) {
+                    *out = f32::from_bits(u32::from(line[lane]) << 16);
+                }
+            }
+            Values::Quantized(q) => q.column(tile, lane, out),
+        }
+    }
+}
+
+impl Quantized {
+    /// Lines of codes of a tile.
+    pub(crate) fn tile_codes(&self, tile: usize) -> &[Line<u32>] {
+        &self.codes[tile * self.code_rows..][..self.code_rows]
+    }
+
+    fn column(&self, tile: usize, lane: usize, out: &mut [f32]) {
+        let format = self.scheme.format;
+        let (unit, words) = (format.layout().codes_per_unit(), format.layout().words_per_unit());
+        let codes = self.tile_codes(tile);
+        for (g, out) in out.chunks_mut(self.scheme.group_size).enumerate() {
+            let line = tile * self.groups + g;
+            let scale = match &self.scales {
+                Scales::F16(lines) => f16::from_bits(lines[line][lane]).to_f32(),
+                Scales::Byte { bytes, table } => table[usize::from(bytes[line][lane])],
+            };
+            let zero = match &self.zeros[..] {
+                [] => 0.0,
+                zeros => f16::from_bits(zeros[line][lane]).to_f32(),
+            };
+            for (i, out) in out.iter_mut().enumerate() {
+                let k = g * self.scheme.group_size + i;
+                let word = |w: usize| codes[k / unit * words + w].0[lane];
+                let code = match format.layout() {
+                    Layout::Planar3 => planar3_code(word, k % unit),
+                    layout => word(0) >> (layout.bits() as usize * (k % unit)),
+                };
+                *out = format.value(code as u8, zero) * scale;
+            }
+        }
+    }
+}
+
+/// Code `i` of a repacked 3-bit unit.
+fn planar3_code(word: impl Fn(usize) -> u32, i: usize) -> u32 {
+    let low = word(i / 16) >> (2 * (i % 16)) & 3;
+    low | (word(2) >> high_bit_position(i) & 1) << 2
+}
+
+/// Where bit 2 of code `i` of a 3-bit unit lies in the repacked third word.
+const fn high_bit_position(i: usize) -> usize {
+    let (half, b, s) = (i / 16, i % 16 / 4, i % 4);
+    8 * b + 4 * half + s
+}
+
+fn pack_dense(pool: &Pool, tensor: &HostTensor, n: usize, k: usize) -> Result<Values> {
+    let lines = n.div_ceil(LANES) * k;
+    let bytes = tensor.bytes();
+    match tensor.dtype() {
+        DType::F32 => {
+            let mut out = vec![Line([0.0f32; LANES]); lines];
+            transpose(pool, bytes, k, &mut out, |line, lane, v| {
+                line.0[lane] = f32::from_le_bytes(v);
+            });
+            Ok(Values::F32(out))
+        }
+        dtype @ (DType::F16 | DType::BF16) => {
+            let mut out = vec![[0u16; LANES]; lines];
+            transpose(pool, bytes, k, &mut out, |line, lane, v| {
+                line[lane] = u16::from_le_bytes(v);
+            });
+            Ok(match dtype {
+                DType::F16 => Values::F16(out),
+                _ => Values::BF16(out),
+            })
+        }
+        found => Err(OpError::DType { operation: "weight", operand: "values", found, expected: "F32, F16 or BF16" }),
+    }
+}
+
+/// Writes element (n, k) of a row-major `[N, K]` matrix to lane n % 16 of line k of tile n / 16.
+fn transpose<const SIZE: usize, L: Send>(
+    pool: &Pool,
+    bytes: &[u8],
+    k: usize,
+    out: &mut [L],
+    set: impl Fn(&mut L, usize, [u8; SIZE]) + Sync + Send,
+) {
+    let (elements, _) = bytes.as_chunks::<SIZE>();
+    pool.for_chunks(out, k, |tile, lines| {
+        let rows = elements[tile * LANES * k..].chunks_exact(k.max(1));
+        for (lane, row) in rows.take(LANES).enumerate() {
+            for (line, &v) in lines.iter_mut().zip(row) {
+                set(line, lane, v);
+            }
+        }
+    });
+}
+
+fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
+    let (scheme, n, k) = (matrix.scheme, matrix.out_features, matrix.in_features);
+    let format = scheme.format;
+    let blocks = k.div_ceil(ACTIVATION_BLOCK);
+    let code_rows = format.layout().rows(blocks * ACTIVATION_BLOCK);
+    // Whole blocks of 32 also where a block has several groups.
+    let per_block = ACTIVATION_BLOCK.div_ceil(scheme.group_size);
+    let groups = scheme.groups(k).next_multiple_of(per_block);
+    let mut codes = vec![Line([0u32; LANES]); n.div_ceil(LANES) * code_rows];
+    pool.for_chunks(&mut codes, code_rows, |tile, lines| {
+        let rows = matrix.codes.chunks_exact(n);
+        for (r, (line, row)) in lines.iter_mut().zip(rows).enumerate() {
+            let row = &row[tile * LANES..n.min((tile + 1) * LANES)];
+            line.0[..row.len()].copy_from_slice(row);
+            if format.layout() == Layout::Planar3 && r % 3 == 2 {
+                line.0 = line.0.map(reorder_high_bits);
+            }
+        }
+    });
+    let scales = match format.scale_kind() {
+        ScaleKind::F16 => Scales::F16(tile_rows(&matrix.scales, n, groups, |v| v)),
+        ScaleKind::E4m3 | ScaleKind::E8m0 => {
+            Scales::Byte { bytes: tile_rows(&matrix.scales, n, groups, |v| v as u8), table: scale_table(matrix)? }
+        }
+    };
+    let mask = (1u32 << format.code_bits().min(4)) - 1;
+    Ok(Quantized {
+        scheme,
+        code_rows,
+        groups,
+        codes,
+        scales,
+        zeros: match format.has_zeros() {
+            true => tile_rows(&matrix.zeros, n, groups, |v| v),
+            false => Vec::new(),
+        },
+        levels: std::array::from_fn(|i| format.value((i as u32 & mask) as u8, 0.0)),
+        byte_levels: (format.layout() == Layout::Bits8)
+            .then(|| Box::new(std::array::from_fn(|i| format.value(i as u8, 0.0)))),
+    })
+}
+
+/// `[G, N]` row-major to `[tiles][groups][16]`, padding zero.
+fn tile_rows<T: Copy + Default>(
+    source: &[u16],
+    n: usize,
+    groups: usize,
+    convert: impl Fn(u16) -> T,
+) -> Vec<[T; LANES]> {
+    let mut out = vec![[T::default(); LANES]; n.div_ceil(LANES) * groups];
+    for (g, row) in source.chunks_exact(n).enumerate() {
+        for (tile, columns) in row.chunks(LANES).enumerate() {
+            for (out, &v) in out[tile * groups + g].iter_mut().zip(columns) {
+                *out = convert(v);
+            }
+        }
+    }
+    out
+}
+
+/// The multiplier of each valid scale byte; invalid bytes do not occur in a validated matrix.
+fn scale_table(matrix: &QuantizedMatrix) -> Result<Box<[f32; 256]>> {
+    let mut table = Box::new([f32::NAN; 256]);
+    for &bits in &matrix.scales {
+        let entry = &mut table[usize::from(bits & 255)];
+        if entry.is_nan() {
+            let format = matrix.scheme.format;
+            *entry = format.group_from_bits(bits, 0, matrix.tensor_scale)?.scale;
+        }
+    }
+    // Padding columns have byte 0 and must decode to a finite value.
+    if table[0].is_nan() {
+        table[0] = 0.0;
+    }
+    Ok(table)
+}
+
+fn reorder_high_bits(word: u32) -> u32 {
+    (0..32).fold(0, |out, i| out | (word >> i & 1) << high_bit_position(i))
+}
+
+impl PackedExperts {
+    /// Repacks all experts.
+    pub(crate) fn new(pool: &Pool, experts: Vec<ExpertWeights>) -> Result<Self> {
+        let pack = |expert: ExpertWeights| -> Result<PackedExpert> {
+            Ok(PackedExpert {
+                gate: PackedWeight::new(pool, expert.gate)?,
+                up: PackedWeight::new(pool, expert.up)?,
+                down: PackedWeight::new(pool, expert.down)?,
+            })
+        };
+        Ok(Self(experts.into_iter().map(pack).collect::<Result<_>>()?))
+    }
+}

@@ -1,0 +1,88 @@
+//! Tiles times f32 activations.
+
+use crate::layout::PackedWeight;
+use crate::simd::{Line, Simd};
+
+use super::Rows;
+use super::decode::{PANEL, decode_panel};
+
+/// `acc[r][lane] = sum_k x[r][k] w[k][lane]` for the rows of `x`; each panel of K gives a partial sum of its own.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(
+    s: S,
+    weight: &PackedWeight,
+    tile: usize,
+    x: Rows<'_, f32>,
+    panel: &mut [Line<f32>],
+    acc: &mut [Line<f32>],
+) {
+    acc.fill(Line::default());
+    for k0 in (0..weight.in_features).step_by(PANEL) {
+        let count = PANEL.min(weight.in_features - k0);
+        decode_panel(s, weight, tile, k0, count, panel);
+        let panel = &panel[..count];
+        let mut r = 0;
+        if S::WIDE {
+            while r + 6 <= acc.len() {
+                add_rows::<S, 6, 4>(s, panel, x, k0, r, acc);
+                r += 6;
+            }
+        }
+        while r + 2 <= acc.len() {
+            if S::WIDE {
+                add_rows::<S, 2, 4>(s, panel, x, k0, r, acc);
+            } else {
+                add_rows::<S, 2, 2>(s, panel, x, k0, r, acc);
+            }
+            r += 2;
+        }
+        if r < acc.len() {
+            if S::WIDE {
+                add_rows::<S, 1, 4>(s, panel, x, k0, r, acc);
+            } else {
+                add_rows::<S, 1, 2>(s, panel, x, k0, r, acc);
+            }
+        }
+    }
+}
+
+/// Rows `r .. r + R` of one panel. Each row sums in `CHAINS` interleaved chains whatever R is, so that a row's result
+/// does not depend on the rows beside it.
+#[inline(always)]
+fn add_rows<S: Simd, const R: usize, const CHAINS: usize>(
+    s: S,
+    panel: &[Line<f32>],
+    x: Rows<'_, f32>,
+    k0: usize,
+    r: usize,
+    acc: &mut [Line<f32>],
+) {
+    let mut rows: [&[f32]; R] = [&[]; R];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = &x.row(r + i)[k0..k0 + panel.len()];
+    }
+    let mut sums = [[s.splat(0.0); CHAINS]; R];
+    let (chunks, tail) = panel.as_chunks::<CHAINS>();
+    for (i, lines) in chunks.iter().enumerate() {
+        for (c, line) in lines.iter().enumerate() {
+            let w = s.load(&line.0);
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                sums[c] = s.fma(s.splat(row[i * CHAINS + c]), w, sums[c]);
+            }
+        }
+    }
+    let done = chunks.len() * CHAINS;
+    for (c, line) in tail.iter().enumerate() {
+        let w = s.load(&line.0);
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            sums[c] = s.fma(s.splat(row[done + c]), w, sums[c]);
+        }
+    }
+    for (sums, acc) in sums.iter().zip(&mut acc[r..r + R]) {
+        let mut total = sums[0];
+        for &sum in &sums[1..] {
+            total = s.add(total, sum);
+        }
+        s.store(s.add(s.load(&acc.0), total), &mut acc.0);
+    }
+}

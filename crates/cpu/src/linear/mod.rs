@@ -1,0 +1,410 @@
+//! Linear layers, gated products and embedding look-up.
+//!
+//! A task computes whole tiles of sixteen columns for some rows; a row's arithmetic is the same whichever rows and tiles
+//! share its task, so results depend neither on the split nor on the batch.
+
+pub(crate) mod decode;
+pub(crate) mod epilogue;
+mod exact;
+mod int8;
+
+use std::ops::Range;
+
+use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual, embedding_id_error};
+use marlin_ops::{LinearOps, Result};
+
+pub(crate) use self::int8::ActivationBlock;
+use self::int8::quantize_rows;
+use crate::Cpu;
+use crate::buffer::{f32s, f32s_mut, u32s};
+use crate::layout::{CodeOrder, PackedWeight, Values};
+use crate::simd::{Kernel, LANES, Line, Simd};
+use crate::workspace::Scratch;
+
+/// Rows of one task when rows are split among tasks.
+const ROW_BLOCK: usize = 64;
+/// Multiplications below which a layer is not worth handing to other threads.
+const SERIAL_WORK: usize = 1 << 15;
+
+/// Some rows of a matrix, possibly picked by index.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, T> {
+    data: &'a [T],
+    stride: usize,
+    first: usize,
+    index: Option<&'a [u32]>,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// Row `i`.
+    #[inline(always)]
+    pub(crate) fn row(&self, i: usize) -> &'a [T] {
+        let row = match self.index {
+            Some(index) => index[self.first + i] as usize,
+            None => self.first + i,
+        };
+        &self.data[row * self.stride..][..self.stride]
+    }
+}
+
+/// Activation rows in the forms that some weights take.
+pub(crate) struct Activations<'a> {
+    x: &'a [f32],
+    columns: usize,
+    int8: [Option<Scratch<'a, ActivationBlock>>; 3],
+    /// Row numbers, when the rows of a product are not consecutive.
+    index: Option<&'a [u32]>,
+}
+
+impl<'a> Activations<'a> {
+    /// Row i of products is `index[i]`.
+    pub(crate) fn with_index(mut self, index: &'a [u32]) -> Self {
+        self.index = Some(index);
+        self
+    }
+}
+
+/// Scratch of one task.
+pub(crate) struct Panels<'a> {
+    floats: Scratch<'a, Line<f32>>,
+    codes: Scratch<'a, Line<u32>>,
+}
+
+impl Cpu {
+    /// The order of the int8 activations that a weight takes, or none for f32.
+    fn int8_order(&self, weight: &PackedWeight) -> Option<CodeOrder> {
+        match &weight.values {
+            Values::Quantized(q) if !self.exact() && takes_int8_activations(&q.scheme) => {
+                Some(CodeOrder::of(q.scheme.format.layout()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Rows of `columns` activations, prepared for the given weights. `spread` lets other threads help.
+    pub(crate) fn activations<'a>(
+        &'a self,
+        x: &'a [f32],
+        columns: usize,
+        weights: &[&PackedWeight],
+        spread: bool,
+    ) -> Activations<'a> {
+        let mut out = Activations { x, columns, int8: [None, None, None], index: None };
+        self.prepare_activations(&mut out, weights, spread);
+        out
+    }
+
+    /// Adds the forms that more weights take.
+    pub(crate) fn prepare_activations<'a>(
+        &'a self,
+        activations: &mut Activations<'a>,
+        weights: &[&PackedWeight],
+        spread: bool,
+    ) {
+        let (x, columns) = (activations.x, activations.columns);
+        for order in weights.iter().filter_map(|w| self.int8_order(w)) {
+            let slot = &mut activations.int8[order as usize];
+            if slot.is_some() || columns == 0 {
+                continue;
+            }
+            let (rows, per_row) = (x.len() / columns, columns.div_ceil(ACTIVATION_BLOCK));
+            let mut blocks = self.workspace.blocks.take(rows * per_row);
+            if spread && x.len() >= SERIAL_WORK {
+                let grain = self.pool.grain(rows);
+                self.pool.for_chunks(&mut blocks, grain * per_row, |i, blocks| {
+                    quantize_rows(&x[i * grain * columns..], columns, order, blocks);
+                });
+            } else {
+                quantize_rows(x, columns, order, &mut blocks);
+            }
+            *slot = Some(blocks);
+        }
+    }
+
+    /// Scratch for products with weights of at most `in_features`.
+    pub(crate) fn panels(&self, in_features: usize) -> Panels<'_> {
+        let (codes, floats) = int8::panel_lines(in_features);
+        Panels { floats: self.workspace.lines.take(floats.max(decode::PANEL)), codes: self.workspace.codes.take(codes) }
+    }
+
+    /// `acc[r] = x[rows[r]] W` for the columns of one tile.
+    pub(crate) fn multiply_tile(
+        &self,
+        weight: &PackedWeight,
+        tile: usize,
+        x: &Activations<'_>,
+        rows: Range<usize>,
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
+        debug_assert_eq!(acc.len(), rows.len());
+        let order = self.int8_order(weight);
+        let int8 = order.and_then(|order| x.int8[order as usize].as_deref());
+        self.level.run(TileProduct {
+            weight,
+            tile,
+            x: Rows { data: x.x, stride: x.columns, first: rows.start, index: x.index },
+            int8: int8.map(|data| Rows {
+                data,
+                stride: x.columns.div_ceil(ACTIVATION_BLOCK),
+                first: rows.start,
+                index: x.index,
+            }),
+            panels,
+            acc,
+        });
+    }
+
+    /// [`Cpu::multiply_tile`], then bias, activation and scale.
+    pub(crate) fn linear_tile(
+        &self,
+        layer: &Layer<'_>,
+        tile: usize,
+        x: &Activations<'_>,
+        rows: Range<usize>,
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
+        self.multiply_tile(layer.weight, tile, x, rows, panels, acc);
+        self.level.run(epilogue::Finish {
+            bias: layer.weight.bias_line(tile),
+            activation: layer.activation,
+            scale: layer.scale,
+            lines: acc,
+        });
+    }
+
+    /// One tile of `act(x Wg) * (x Wu)`; `acc` has two lines per row, the results in the first half.
+    pub(crate) fn gated_tile(
+        &self,
+        gated: &Gated<'_>,
+        tile: usize,
+        x: &Activations<'_>,
+        rows: Range<usize>,
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
+        let (gate, up) = acc.split_at_mut(rows.len());
+        self.multiply_tile(gated.gate, tile, x, rows.clone(), panels, gate);
+        self.multiply_tile(gated.up, tile, x, rows, panels, up);
+        self.level.run(epilogue::Combine {
+            gate_bias: gated.gate.bias_line(tile),
+            up_bias: gated.up.bias_line(tile),
+            activation: gated.activation,
+            gate,
+            up,
+        });
+    }
+
+    /// Fills `out`, rows of `columns`, from tiles that `produce(tile, rows, panels, acc)` computes into the first lines
+    /// of `acc` (`lines_per_row` lines for each row).
+    fn fill(
+        &self,
+        shape: Shape,
+        residual: Addend<'_>,
+        out: &mut [f32],
+        produce: impl Fn(usize, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
+    ) {
+        let Shape { rows: m, columns: n, in_features: k, lines_per_row } = shape;
+        let tiles = n.div_ceil(LANES);
+        let grain = match m * n * k < SERIAL_WORK {
+            true => tiles,
+            false => self.pool.grain(tiles),
+        };
+        if m == 1 {
+            self.pool.for_chunks(out, grain * LANES, |i, out| {
+                let mut panels = self.panels(k);
+                let mut acc = [Line::default(); 2];
+                for (t, out) in out.chunks_mut(LANES).enumerate() {
+                    let tile = i * grain + t;
+                    produce(tile, 0..1, &mut panels, &mut acc[..lines_per_row]);
+                    residual.write(tile * LANES, &acc[0], out);
+                }
+            });
+        } else if m >= 2 * ROW_BLOCK * self.pool.threads() {
+            self.pool.for_chunks(out, ROW_BLOCK * n, |i, out| {
+                let (rows, first) = (out.len() / n, i * ROW_BLOCK);
+                let mut panels = self.panels(k);
+                let mut acc = self.workspace.lines.take(lines_per_row * rows);
+                for tile in 0..tiles {
+                    produce(tile, first..first + rows, &mut panels, &mut acc);
+                    for (r, out) in out.chunks_exact_mut(n).enumerate() {
+                        let columns = tile * LANES..n.min((tile + 1) * LANES);
+                        let start = (first + r) * n + columns.start;
+                        residual.write(start, &acc[r], &mut out[columns]);
+                    }
+                }
+            });
+        } else {
+            self.fill_by_tile(shape, grain, residual, out, produce);
+        }
+    }
+
+    /// Few rows: tasks take tiles, then a second pass puts the tiles side by side.
+    fn fill_by_tile(
+        &self,
+        shape: Shape,
+        grain: usize,
+        residual: Addend<'_>,
+        out: &mut [f32],
+        produce: impl Fn(usize, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
+    ) {
+        let (m, n) = (shape.rows, shape.columns);
+        let per_tile = shape.lines_per_row * m;
+        let mut lines = self.workspace.lines.take(n.div_ceil(LANES) * per_tile);
+        self.pool.for_chunks(&mut lines, grain * per_tile, |i, lines| {
+            let mut panels = self.panels(shape.in_features);
+            for (t, acc) in lines.chunks_exact_mut(per_tile).enumerate() {
+                produce(i * grain + t, 0..m, &mut panels, acc);
+            }
+        });
+        let row_grain = match m * n < SERIAL_WORK {
+            true => m,
+            false => self.pool.grain(m),
+        };
+        self.pool.for_chunks(out, row_grain * n, |i, out| {
+            for (r, out) in out.chunks_exact_mut(n).enumerate() {
+                let row = i * row_grain + r;
+                for (tile, out) in out.chunks_mut(LANES).enumerate() {
+                    let line = &lines[tile * per_tile + row];
+                    residual.write(row * n + tile * LANES, line, out);
+                }
+            }
+        });
+    }
+}
+
+/// A weight with its epilogue.
+pub(crate) struct Layer<'a> {
+    pub(crate) weight: &'a PackedWeight,
+    pub(crate) activation: Activation,
+    pub(crate) scale: f32,
+}
+
+/// A gated pair of weights.
+pub(crate) struct Gated<'a> {
+    pub(crate) gate: &'a PackedWeight,
+    pub(crate) up: &'a PackedWeight,
+    pub(crate) activation: Activation,
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    columns: usize,
+    in_features: usize,
+    lines_per_row: usize,
+}
+
+/// What is added to an output element.
+#[derive(Clone, Copy)]
+pub(crate) enum Addend<'a> {
+    None,
+    Add(&'a [f32]),
+    InPlace,
+}
+
+impl<'a> Addend<'a> {
+    pub(crate) fn of(operation: &'static str, residual: &Residual<'a, Cpu>) -> Result<Self> {
+        Ok(match *residual {
+            Residual::None => Self::None,
+            Residual::Add(tensor) => Self::Add(f32s(operation, "residual", tensor)?),
+            Residual::InPlace => Self::InPlace,
+        })
+    }
+
+    /// Writes the first `out.len()` lanes plus the addend; `out` starts at element `start` of the output.
+    #[inline]
+    fn write(&self, start: usize, line: &Line<f32>, out: &mut [f32]) {
+        let values = &line.0[..out.len()];
+        match self {
+            Self::None => out.copy_from_slice(values),
+            Self::Add(residual) => {
+                let residual = &residual[start..start + out.len()];
+                for ((out, v), r) in out.iter_mut().zip(values).zip(residual) {
+                    *out = v + r;
+                }
+            }
+            Self::InPlace => {
+                for (out, v) in out.iter_mut().zip(values) {
+                    *out += v;
+                }
+            }
+        }
+    }
+}
+
+struct TileProduct<'a, 'p> {
+    weight: &'a PackedWeight,
+    tile: usize,
+    x: Rows<'a, f32>,
+    int8: Option<Rows<'a, ActivationBlock>>,
+    panels: &'a mut Panels<'p>,
+    acc: &'a mut [Line<f32>],
+}
+
+impl Kernel for TileProduct<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Panels { floats, codes } = self.panels;
+        match (&self.weight.values, self.int8) {
+            (Values::Quantized(q), Some(x)) => {
+                int8::multiply(s, q, self.tile, x, codes, floats, self.acc);
+            }
+            _ => exact::multiply(s, self.weight, self.tile, self.x, floats, self.acc),
+        }
+    }
+}
+
+impl LinearOps for Cpu {
+    fn run_linear(&self, args: LinearArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "linear";
+        let weight = args.weight.data();
+        let layer = Layer { weight, activation: args.activation, scale: args.out_scale };
+        let residual = Addend::of(OP, &args.residual)?;
+        let shape = Shape {
+            rows: args.x.rows(),
+            columns: weight.out_features,
+            in_features: weight.in_features,
+            lines_per_row: 1,
+        };
+        let x = f32s(OP, "x", args.x)?;
+        let x = self.activations(x, weight.in_features, &[weight], true);
+        let out = f32s_mut(OP, "out", args.out)?;
+        self.fill(shape, residual, out, |tile, rows, panels, acc| {
+            self.linear_tile(&layer, tile, &x, rows, panels, acc);
+        });
+        Ok(())
+    }
+
+    fn run_gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "gated_up";
+        let gated = Gated { gate: args.gate.data(), up: args.up.data(), activation: args.activation };
+        let in_features = gated.gate.in_features;
+        let shape = Shape { rows: args.x.rows(), columns: gated.gate.out_features, in_features, lines_per_row: 2 };
+        let x = f32s(OP, "x", args.x)?;
+        let x = self.activations(x, in_features, &[gated.gate, gated.up], true);
+        let out = f32s_mut(OP, "out", args.out)?;
+        self.fill(shape, Addend::None, out, |tile, rows, panels, acc| {
+            self.gated_tile(&gated, tile, &x, rows, panels, acc);
+        });
+        Ok(())
+    }
+
+    fn run_embedding(&self, args: EmbeddingArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "embedding";
+        let (ids, table) = (u32s(OP, "ids", args.ids)?, args.table.data());
+        let vocab = table.out_features;
+        if let Some(i) = ids.iter().position(|&id| id as usize >= vocab) {
+            return Err(embedding_id_error(i, ids[i], vocab));
+        }
+        let out = f32s_mut(OP, "out", args.out)?;
+        self.pool.for_chunks(out, table.in_features, |t, row| {
+            table.column(ids[t] as usize, row);
+        });
+        Ok(())
+    }
+}

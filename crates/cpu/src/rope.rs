@@ -1,0 +1,108 @@
+//! Rotary embedding and the MLA latent write.
+
+use marlin_ops::rope::{MlaLatentWriteArgs, Pairing, RopeArgs, RopeTable, position_error};
+use marlin_ops::{Result, RopeOps};
+
+use crate::Cpu;
+use crate::buffer::{FloatsMut, f32s, f32s_mut, optional_f32s, u32s};
+use crate::norm::{NormalizeRow, RmsNorm};
+
+/// cos and sin rows of a table.
+struct Angles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    half: usize,
+}
+
+impl<'a> Angles<'a> {
+    /// The table's rows, after checking that they cover all positions.
+    fn new(operation: &'static str, table: &'a RopeTable<Cpu>, positions: &[u32]) -> Result<Self> {
+        let rows = table.positions();
+        if let Some(i) = positions.iter().position(|&p| p as usize >= rows) {
+            return Err(position_error(operation, i, positions[i], rows));
+        }
+        Ok(Self {
+            cos: f32s(operation, "cos", &table.cos)?,
+            sin: f32s(operation, "sin", &table.sin)?,
+            half: table.cos.columns(),
+        })
+    }
+
+    fn at(&self, position: u32) -> (&'a [f32], &'a [f32]) {
+        let range = position as usize * self.half..(position as usize + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+/// Rotates `2 cos.len()` channels; `scratch` is as long.
+fn rotate(x: &mut [f32], (cos, sin): (&[f32], &[f32]), sign: f32, pairing: Pairing, scratch: &mut [f32]) {
+    let half = cos.len();
+    let turn = |a: f32, b: f32, c: f32, s: f32| (a * c - b * s, b * c + a * s);
+    match pairing {
+        Pairing::Interleaved => {
+            for ((pair, c), s) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                (pair[0], pair[1]) = turn(pair[0], pair[1], *c, sign * s);
+            }
+        }
+        Pairing::Half => {
+            let (first, second) = x.split_at_mut(half);
+            let pairs = first.iter_mut().zip(second);
+            for (((a, b), c), s) in pairs.zip(cos).zip(sin) {
+                (*a, *b) = turn(*a, *b, *c, sign * s);
+            }
+        }
+        Pairing::InterleavedToHalf => {
+            scratch.copy_from_slice(x);
+            let (first, second) = x.split_at_mut(half);
+            let pairs = scratch.as_chunks::<2>().0;
+            for (i, pair) in pairs.iter().enumerate() {
+                (first[i], second[i]) = turn(pair[0], pair[1], cos[i], sign * sin[i]);
+            }
+        }
+    }
+}
+
+impl RopeOps for Cpu {
+    fn run_rope(&self, args: RopeArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "rope";
+        let positions = u32s(OP, "positions", args.positions)?;
+        let angles = Angles::new(OP, args.table, positions)?;
+        let (heads, head_dim) = (args.x.dims()[1], args.x.dims()[2]);
+        let sign = if args.inverse { -1.0 } else { 1.0 };
+        let rotated = args.offset..args.offset + 2 * angles.half;
+        let x = f32s_mut(OP, "x", args.x)?;
+        self.for_rows(x, heads * head_dim, |t, row| {
+            let mut scratch = self.workspace.floats.take(2 * angles.half);
+            for head in row.chunks_exact_mut(head_dim) {
+                let channels = &mut head[rotated.clone()];
+                rotate(channels, angles.at(positions[t]), sign, args.pairing, &mut scratch);
+            }
+        });
+        Ok(())
+    }
+
+    fn run_mla_latent_write(&self, args: MlaLatentWriteArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "mla_latent_write";
+        let positions = u32s(OP, "positions", args.positions)?;
+        let angles = Angles::new(OP, args.table, positions)?;
+        let x = f32s(OP, "x", args.x)?;
+        let gamma = optional_f32s(OP, "gamma", args.gamma)?;
+        let width = args.x.columns();
+        let rank = width - 2 * angles.half;
+        let first = args.sequence * args.cache.dims()[1] + args.start;
+        let mut cache = FloatsMut::of(OP, "cache", args.cache)?;
+        let mut scratch = self.workspace.floats.take(width + 2 * angles.half);
+        let (row, swap) = scratch.split_at_mut(width);
+        for (t, source) in x.chunks_exact(width).enumerate() {
+            row.copy_from_slice(source);
+            let (latent, rope) = row.split_at_mut(rank);
+            if gamma.is_some() && rank > 0 {
+                let norm = RmsNorm { gamma, gamma_offset: 0.0, eps: args.eps };
+                self.level.run(NormalizeRow { norm, row: latent });
+            }
+            rotate(rope, angles.at(positions[t]), 1.0, args.pairing, swap);
+            cache.store((first + t) * width, row);
+        }
+        Ok(())
+    }
+}

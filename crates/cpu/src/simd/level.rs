@@ -1,0 +1,50 @@
+use super::Kernel;
+use super::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2::Avx2, avx512::Avx512};
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Level {
+    /// Plain Rust.
+    Portable(Portable),
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512 F, BW, VL and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Level {
+    /// Always present.
+    pub(crate) const PORTABLE: Self = Self::Portable(Portable);
+
+    /// AVX2 if the machine has it.
+    pub(crate) fn avx2() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        return Avx2::detect().map(Self::Avx2);
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// AVX-512 if the machine has it.
+    pub(crate) fn avx512() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        return Avx512::detect().map(Self::Avx512);
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Portable(s) => kernel.run(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => s.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => s.run(kernel),
+        }
+    }
+}

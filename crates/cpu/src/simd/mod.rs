@@ -1,0 +1,101 @@
+//! Sixteen-lane vectors behind one trait, the only place with `unsafe`. A kernel is written once against [`Simd`] and
+//! compiled for every instruction set; [`Level::run`] enters it with the target features switched on.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod level;
+pub(crate) mod math;
+mod portable;
+
+pub(crate) use level::Level;
+
+/// Lanes of every vector: output columns of a weight tile.
+pub(crate) const LANES: usize = 16;
+
+/// One cache line of lanes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C, align(64))]
+pub(crate) struct Line<T>(pub(crate) [T; LANES]);
+
+impl<T: Copy + Default> Default for Line<T> {
+    fn default() -> Self {
+        Self([T::default(); LANES])
+    }
+}
+
+/// A computation generic over the instruction set. `run` and what it calls must be `#[inline(always)]`, so that it is
+/// compiled with the features of the set it runs on.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Runs on one instruction set.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Operations on sixteen f32 lanes (`F`) and sixteen 32-bit integer lanes (`I`). A value of an implementing type proves
+/// that the machine has the instruction set.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen 32-bit integers, or 64 bytes.
+    type I: Copy;
+    /// True with 32 vector registers of 64 bytes: kernels block more rows.
+    const WIDE: bool;
+
+    fn splat(self, v: f32) -> Self::F;
+    fn load(self, v: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, out: &mut [f32; LANES]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a b + c`, fused where the set has it.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a > b ? a : b`; b when either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a < b ? a : b`; b when either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Sum of all lanes in a fixed order.
+    fn reduce_add(self, v: Self::F) -> f32;
+    /// Largest lane; no lane may be NaN.
+    fn reduce_max(self, v: Self::F) -> f32;
+
+    fn splat_i(self, v: i32) -> Self::I;
+    fn load_i(self, v: &[u32; LANES]) -> Self::I;
+    fn store_i(self, v: Self::I, out: &mut [u32; LANES]);
+    fn load_u8(self, v: &[u8; LANES]) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Logical shift right by `n < 32`.
+    fn shr(self, v: Self::I, n: u32) -> Self::I;
+    /// Arithmetic shift right by `n < 32`.
+    fn sar(self, v: Self::I, n: u32) -> Self::I;
+    /// Shift left by `n < 32`.
+    fn shl(self, v: Self::I, n: u32) -> Self::I;
+    /// i32 to f32.
+    fn to_f32(self, v: Self::I) -> Self::F;
+    /// f32 to i32, to nearest even; lanes must fit.
+    fn round_i(self, v: Self::F) -> Self::I;
+    fn bits_to_f32(self, v: Self::I) -> Self::F;
+
+    /// Widens binary16 bits.
+    fn load_f16(self, v: &[u16; LANES]) -> Self::F;
+    /// Widens bfloat16 bits.
+    fn load_bf16(self, v: &[u16; LANES]) -> Self::F;
+    /// `table[lane & 15]`.
+    fn lut16(self, table: &[f32; LANES], index: Self::I) -> Self::F;
+    /// `table[lane]`; lanes below 256.
+    fn lut256(self, table: &[f32; 256], index: Self::I) -> Self::F;
+    /// `table[byte]` for each of the 64 bytes; bytes below 16.
+    fn lut16_bytes(self, table: &[u8; LANES], index: Self::I) -> Self::I;
+    /// `acc + sum of four u8 x i8 products` per lane; the four i8 of `x` are the same for all lanes. Bytes of `u` at
+    /// most 128.
+    fn dot4(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
+    /// [`Simd::dot4`] for any bytes of `u`.
+    fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
+}

@@ -1,0 +1,234 @@
+//! Linear layers of every format in both modes, on every instruction set.
+
+mod common;
+
+use common::{Computation, check, normals, poisoned, upload, upload_ids};
+use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
+use marlin_ops::{Backend, HostTensor, Linear, Result, Weight};
+
+struct Product {
+    weight: Weight,
+    rows: usize,
+    x: Vec<f32>,
+    activation: Activation,
+    scale: f32,
+    residual: Option<Vec<f32>>,
+}
+
+impl Product {
+    fn new(weight: Weight, rows: usize) -> Self {
+        let x = normals(rows * weight.in_features(), 7);
+        Self { weight, rows, x, activation: Activation::None, scale: 1.0, residual: None }
+    }
+}
+
+impl Computation for Product {
+    fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
+        let (k, n) = (self.weight.in_features(), self.weight.out_features());
+        let x = upload(device, &[self.rows, k], &self.x)?;
+        let residual = match &self.residual {
+            Some(values) => Some(upload(device, &[self.rows, n], values)?),
+            None => None,
+        };
+        let mut out = poisoned(device, &[self.rows, n])?;
+        device.linear(LinearArgs {
+            x: &x,
+            weight: &Linear::new(device, self.weight.clone())?,
+            activation: self.activation,
+            out_scale: self.scale,
+            residual: match &residual {
+                Some(tensor) => Residual::Add(tensor),
+                None => Residual::None,
+            },
+            out: &mut out,
+        })?;
+        device.read_f64(&out)
+    }
+}
+
+fn quantized(format: Format, group_size: usize, n: usize, k: usize) -> Weight {
+    let scheme = Scheme::new(format, group_size).unwrap();
+    let values = normals(n * k, 3);
+    Weight::quantized(QuantizedMatrix::encode(scheme, &values, n, k).unwrap()).unwrap()
+}
+
+/// Group sizes that reach every path of a format: below, at and above a block of 32, and beyond K.
+fn group_sizes(format: Format) -> Vec<usize> {
+    [8, 16, 32, 48, 64, 128, 1024].into_iter().filter(|&g| format.check_group_size(g).is_ok()).collect()
+}
+
+#[test]
+fn every_format_in_both_modes() {
+    for format in Format::ALL {
+        for group_size in group_sizes(format) {
+            // Tails of K in a word, a block and a panel; of N in a tile; rows around the register blocks.
+            for (m, k, n) in [(1, 200, 33), (1, 256, 16), (3, 333, 17), (13, 96, 40)] {
+                let product = Product::new(quantized(format, group_size, n, k), m);
+                for exact in [true, false] {
+                    let what = format!("{format} group {group_size} {m}x{k}x{n} exact {exact}");
+                    check(&product, exact, 2e-6, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Column c holds code c + k at input feature k, every group with a scale and zero of its own.
+fn all_codes(format: Format, k: usize) -> Weight {
+    let scheme = Scheme::with_default_group(format);
+    let n = 1usize << format.code_bits();
+    // NaN and infinite codes of the 8-bit floats stay out: every sum would be NaN.
+    let code = |c: usize| match format.value(c as u8, 0.0).is_finite() {
+        true => c as u8,
+        false => 0,
+    };
+    let codes: Vec<u8> = (0..n * k).map(|i| code((i / k + i % k) % n)).collect();
+    let tensor_scale = (format == Format::Nvfp4).then_some(3.0);
+    let groups: Vec<Group> = (0..n * scheme.groups(k))
+        .map(|i| {
+            let bits = match format {
+                Format::Nvfp4 | Format::Mxfp4 => 0x30 + (i % 64) as u16,
+                _ => 0x3000 + 37 * (i % 60) as u16,
+            };
+            let zero = if format.has_zeros() { 0x4400 + 11 * i as u16 } else { 0 };
+            format.group_from_bits(bits, zero, tensor_scale).unwrap()
+        })
+        .collect();
+    let matrix = QuantizedMatrix::from_codes(scheme, k, n, &codes, &groups, tensor_scale);
+    Weight::quantized(matrix.unwrap()).unwrap()
+}
+
+#[test]
+fn every_code_at_every_place() {
+    for format in Format::ALL {
+        let (k, rows) = (136, 136);
+        // One-hot rows read single weights; 127 makes them exact in int8 too.
+        let mut product = Product::new(all_codes(format, k), rows);
+        product.x.fill(0.0);
+        for row in 0..rows {
+            product.x[row * k + row] = 127.0;
+        }
+        for exact in [true, false] {
+            check(&product, exact, 1e-7, &format!("{format} exact {exact}"));
+        }
+    }
+}
+
+#[test]
+fn dense_weights() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (m, k, n) in [(1, 1, 1), (1, 520, 35), (9, 300, 48), (70, 64, 20)] {
+            let host = HostTensor::from_f32_as(dtype, &[n, k], &normals(n * k, 5)).unwrap();
+            let product = Product::new(Weight::dense(host).unwrap(), m);
+            check(&product, true, 2e-6, &format!("{dtype:?} {m}x{k}x{n}"));
+        }
+    }
+}
+
+#[test]
+fn many_rows_take_the_row_split() {
+    let product = Product::new(quantized(Format::Int4S4, 32, 36, 160), 401);
+    for exact in [true, false] {
+        check(&product, exact, 2e-6, "401 rows");
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_batch() {
+    let weight = quantized(Format::Int4U4, 32, 50, 224);
+    let batch = Product::new(weight.clone(), 19);
+    for exact in [true, false] {
+        for cpu in common::cpus(exact) {
+            let together = batch.run(&cpu).unwrap();
+            for row in [0, 7, 16, 18] {
+                let mut alone = Product::new(weight.clone(), 1);
+                alone.x.copy_from_slice(&batch.x[row * 224..][..224]);
+                let expected = alone.run(&cpu).unwrap();
+                assert_eq!(together[row * 50..][..50], expected[..], "{:?}", cpu.isa());
+            }
+        }
+    }
+}
+
+#[test]
+fn epilogues() {
+    use Activation::*;
+    for activation in [None, Relu, Relu2, Silu, GeluErf, GeluTanh, GeluQuick, Sigmoid] {
+        for rows in [1, 5] {
+            let mut product = Product::new(quantized(Format::Int8, 64, 37, 64), rows);
+            product.weight = product.weight.with_bias(normals(37, 2)).unwrap();
+            product.activation = activation;
+            product.scale = -1.5;
+            product.residual = Some(normals(rows * 37, 4));
+            check(&product, true, 2e-6, &format!("{activation:?}"));
+        }
+    }
+}
+
+#[test]
+fn non_finite_activations_reach_the_output() {
+    for value in [f32::NAN, f32::INFINITY] {
+        let mut product = Product::new(quantized(Format::Int4S4, 32, 18, 96), 2);
+        product.x[100] = value;
+        for cpu in common::cpus(false) {
+            let out = product.run(&cpu).unwrap();
+            assert!(out[..18].iter().all(|v| v.is_finite()));
+            assert!(out[18..].iter().all(|v| v.is_nan()));
+        }
+    }
+}
+
+struct Gated {
+    rows: usize,
+}
+
+impl Computation for Gated {
+    fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
+        let x = upload(device, &[self.rows, 96], &normals(self.rows * 96, 1))?;
+        let gate = quantized(Format::Int4S4, 32, 45, 96).with_bias(normals(45, 8))?;
+        // Another order of activations than the gate's.
+        let up = quantized(Format::Int8, 32, 45, 96);
+        let mut out = poisoned(device, &[self.rows, 45])?;
+        device.gated_up(GatedUpArgs {
+            x: &x,
+            gate: &Linear::new(device, gate)?,
+            up: &Linear::new(device, up)?,
+            activation: Activation::Silu,
+            out: &mut out,
+        })?;
+        device.read_f64(&out)
+    }
+}
+
+#[test]
+fn gated_products() {
+    for rows in [1, 4, 300] {
+        for exact in [true, false] {
+            check(&Gated { rows }, exact, 4e-6, &format!("{rows} rows"));
+        }
+    }
+}
+
+struct Embedding(Weight);
+
+impl Computation for Embedding {
+    fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
+        let ids = upload_ids(device, &[4], &[0, 33, 16, 15])?;
+        let mut out = poisoned(device, &[4, self.0.in_features()])?;
+        device.embedding(EmbeddingArgs { ids: &ids, table: &Linear::new(device, self.0.clone())?, out: &mut out })?;
+        device.read_f64(&out)
+    }
+}
+
+#[test]
+fn embeddings_decode_exactly() {
+    for format in Format::ALL {
+        let table = Embedding(quantized(format, format.default_group_size(), 34, 200));
+        check(&table, true, 0.0, format.name());
+    }
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let host = HostTensor::from_f32_as(dtype, &[34, 200], &normals(34 * 200, 5)).unwrap();
+        check(&Embedding(Weight::dense(host).unwrap()), true, 0.0, dtype.name());
+    }
+}
