@@ -108,12 +108,7 @@ pub struct SamplingArgs {
 impl SamplingArgs {
     /// The filters of [`marlin_ops::SamplingOps::sample`].
     pub fn filter(&self) -> SampleFilter {
-        SampleFilter {
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            typical: self.typical,
-        }
+        SampleFilter { top_k: self.top_k, top_p: self.top_p, min_p: self.min_p, typical: self.typical }
     }
 
     /// Penalties and temperature; `temperature` must be above 0.

@@ -13,9 +13,9 @@ pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = given {
         return Ok(dir.to_path_buf());
     }
-    candidates().find(|dir| dir.join("config.json").is_file()).ok_or_else(|| {
-        anyhow!("the bundled model ({BUNDLED}) was not found; name a model folder with --model DIR")
-    })
+    candidates()
+        .find(|dir| dir.join("config.json").is_file())
+        .ok_or_else(|| anyhow!("the bundled model ({BUNDLED}) was not found; name a model folder with --model DIR"))
 }
 
 fn candidates() -> impl Iterator<Item = PathBuf> {
@@ -23,8 +23,11 @@ fn candidates() -> impl Iterator<Item = PathBuf> {
     let executable = std::env::current_exe().ok();
     let working = std::env::current_dir().ok();
     std::iter::once(built_from.canonicalize().unwrap_or(built_from))
-        .chain([executable, working].into_iter().flatten().flat_map(|path| {
-            path.ancestors().map(Path::to_path_buf).collect::<Vec<_>>()
-        }))
+        .chain(
+            [executable, working]
+                .into_iter()
+                .flatten()
+                .flat_map(|path| path.ancestors().map(Path::to_path_buf).collect::<Vec<_>>()),
+        )
         .map(|root| root.join(BUNDLED))
 }

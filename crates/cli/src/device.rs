@@ -11,8 +11,7 @@ use crate::args::{DeviceArgs, DeviceKind};
 pub fn open(args: &DeviceArgs) -> Result<Arc<Cpu>> {
     match args.device {
         DeviceKind::Auto | DeviceKind::Cpu => {
-            let options =
-                CpuOptions { threads: args.threads, exact: args.exact, ..CpuOptions::default() };
+            let options = CpuOptions { threads: args.threads, exact: args.exact, ..CpuOptions::default() };
             Ok(Arc::new(Cpu::new(options)?))
         }
         DeviceKind::Metal | DeviceKind::Cuda | DeviceKind::Vulkan => {

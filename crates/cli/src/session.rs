@@ -6,9 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use marlin_formats::DType;
-use marlin_models::{
-    Checkpoint, GenerationConfig, KvCache, LoadOptions, Logits, Model, ModelConfig, Scratch,
-};
+use marlin_models::{Checkpoint, GenerationConfig, KvCache, LoadOptions, Logits, Model, ModelConfig, Scratch};
 use marlin_ops::sampling::{LogitsProcess, LogitsProcessArgs, SampleArgs, SampleFilter};
 use marlin_ops::{Backend, Tensor};
 
@@ -122,12 +120,7 @@ impl<B: Backend> Session<B> {
     }
 
     /// Loads the model in `dir` for a context of `context` tokens.
-    pub fn open_with(
-        backend: Arc<B>,
-        dir: &Path,
-        context: Option<usize>,
-        cache_dtype: DType,
-    ) -> Result<Self> {
+    pub fn open_with(backend: Arc<B>, dir: &Path, context: Option<usize>, cache_dtype: DType) -> Result<Self> {
         let config = ModelConfig::from_dir(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
         let options = LoadOptions { context, cache_dtype, ..LoadOptions::default() };

@@ -102,8 +102,23 @@ fn a_story_ends_and_keeps_its_character() {
 fn a_seed_repeats_a_draw_and_threads_do_not_matter() {
     let draw = |seed: &str, threads: &str| {
         json(&[
-            "generate", PROMPT, "--seed", seed, "--threads", threads, "--max-tokens", "60", "--temperature", "1",
-            "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--json",
+            "generate",
+            PROMPT,
+            "--seed",
+            seed,
+            "--threads",
+            threads,
+            "--max-tokens",
+            "60",
+            "--temperature",
+            "1",
+            "--top-k",
+            "50",
+            "--top-p",
+            "0.95",
+            "--min-p",
+            "0.01",
+            "--json",
         ])["text"]
             .clone()
     };

@@ -20,10 +20,7 @@ pub enum ScaleRule {
 #[inline]
 pub fn decode(byte: u8) -> Result<f32, FormatError> {
     match byte {
-        255 => Err(FormatError::InvalidScale {
-            bits: 255,
-            kind: "E8M0",
-        }),
+        255 => Err(FormatError::InvalidScale { bits: 255, kind: "E8M0" }),
         // 2^-127 is an f32 subnormal, which the exponent field cannot express.
         0 => Ok(f32::from_bits(0x0040_0000)),
         e => Ok(f32::from_bits(u32::from(e) << 23)),

@@ -8,10 +8,7 @@ use crate::Format;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum FormatError {
     /// A format name that is neither a format nor an alias.
-    #[error(
-        "unknown weight format `{name}`; valid formats: {}",
-        Format::name_list()
-    )]
+    #[error("unknown weight format `{name}`; valid formats: {}", Format::name_list())]
     UnknownFormat {
         /// The name that was given.
         name: String,

@@ -89,12 +89,8 @@ impl Format {
     ];
 
     /// Short names accepted beside the formats' own.
-    pub const ALIASES: [(&str, Format); 4] = [
-        ("fp4", Format::Fp4E2m1),
-        ("int4", Format::Int4S4),
-        ("int4_asym", Format::Int4U4),
-        ("fp8", Format::Fp8E4m3),
-    ];
+    pub const ALIASES: [(&str, Format); 4] =
+        [("fp4", Format::Fp4E2m1), ("int4", Format::Int4S4), ("int4_asym", Format::Int4U4), ("fp8", Format::Fp8E4m3)];
 
     /// The name used in `config.json` and on the command line.
     pub const fn name(self) -> &'static str {
@@ -128,12 +124,9 @@ impl Format {
         match self {
             Format::Int2 | Format::Nf2 => Layout::Bits2,
             Format::Int3 | Format::Nf3 => Layout::Planar3,
-            Format::Fp4E2m1
-            | Format::Nvfp4
-            | Format::Mxfp4
-            | Format::Int4U4
-            | Format::Int4S4
-            | Format::Nf4 => Layout::Bits4,
+            Format::Fp4E2m1 | Format::Nvfp4 | Format::Mxfp4 | Format::Int4U4 | Format::Int4S4 | Format::Nf4 => {
+                Layout::Bits4
+            }
             Format::Int8 | Format::Int8Asym | Format::Fp8E4m3 | Format::Fp8E5m2 => Layout::Bits8,
         }
     }
@@ -161,20 +154,10 @@ impl Format {
     /// # Errors
     /// [`FormatError::GroupSize`], which states the rule.
     pub fn check_group_size(self, group_size: usize) -> Result<(), FormatError> {
-        let refuse = |rule| {
-            Err(FormatError::GroupSize {
-                format: self,
-                group_size,
-                rule,
-            })
-        };
+        let refuse = |rule| Err(FormatError::GroupSize { format: self, group_size, rule });
         if let Format::Nvfp4 | Format::Mxfp4 = self {
             let only = self.default_group_size();
-            return if group_size == only {
-                Ok(())
-            } else {
-                refuse(format!("it must be {only}"))
-            };
+            return if group_size == only { Ok(()) } else { refuse(format!("it must be {only}")) };
         }
         let unit = self.layout().codes_per_unit();
         if group_size == 0 || !group_size.is_multiple_of(unit) {
@@ -235,8 +218,6 @@ impl FromStr for Format {
             .chain(Format::ALIASES)
             .find(|(known, _)| *known == name)
             .map(|(_, format)| format)
-            .ok_or_else(|| FormatError::UnknownFormat {
-                name: name.to_owned(),
-            })
+            .ok_or_else(|| FormatError::UnknownFormat { name: name.to_owned() })
     }
 }

@@ -3,9 +3,7 @@
 use crate::{Format, FormatError, Group};
 
 /// The value of each code; codes 8..=15 are the negatives of 0..=7 and code 8 is -0.0.
-pub const VALUES: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
+pub const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// Largest finite magnitude.
 pub const MAX: f32 = 6.0;

@@ -49,11 +49,7 @@ pub mod e4m3 {
             (0, m) => m as f32 * (1.0 / 512.0),
             (e, m) => f32::from_bits(((e + 120) << 23) | (m << 20)),
         };
-        if code & 0x80 == 0 {
-            magnitude
-        } else {
-            -magnitude
-        }
+        if code & 0x80 == 0 { magnitude } else { -magnitude }
     }
 }
 
@@ -78,10 +74,6 @@ pub mod e5m2 {
             (0, m) => m as f32 * (1.0 / 65536.0),
             (e, m) => f32::from_bits(((e + 112) << 23) | (m << 21)),
         };
-        if code & 0x80 == 0 {
-            magnitude
-        } else {
-            -magnitude
-        }
+        if code & 0x80 == 0 { magnitude } else { -magnitude }
     }
 }

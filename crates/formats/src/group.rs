@@ -24,21 +24,12 @@ pub struct Group {
 
 impl Group {
     /// What a writer stores for a group without a nonzero weight, in every format.
-    pub const ZERO: Group = Group {
-        scale_bits: 0,
-        zero_bits: 0,
-        scale: 0.0,
-        zero: 0.0,
-    };
+    pub const ZERO: Group = Group { scale_bits: 0, zero_bits: 0, scale: 0.0, zero: 0.0 };
 
     /// A group without zero point whose positive ideal scale is rounded to f16.
     pub(crate) fn from_ideal_f16_scale(ideal: f32) -> Result<Group, FormatError> {
         let scale = round_scale(ideal)?;
-        Ok(Group {
-            scale_bits: scale.to_bits(),
-            scale: scale.to_f32(),
-            ..Group::ZERO
-        })
+        Ok(Group { scale_bits: scale.to_bits(), scale: scale.to_f32(), ..Group::ZERO })
     }
 }
 
@@ -110,10 +101,7 @@ impl Format {
     ) -> Result<Group, FormatError> {
         let divisor = self.check_tensor_scale(tensor_scale)?;
         let kind = self.scale_kind();
-        let invalid = || FormatError::InvalidScale {
-            bits: scale_bits,
-            kind: kind.name(),
-        };
+        let invalid = || FormatError::InvalidScale { bits: scale_bits, kind: kind.name() };
         let byte = || u8::try_from(scale_bits).map_err(|_| invalid());
         let scale = match kind {
             ScaleKind::F16 => f16::from_bits(scale_bits).to_f32(),
@@ -127,33 +115,20 @@ impl Format {
             return Err(invalid());
         }
         if !self.has_zeros() {
-            return Ok(Group {
-                scale_bits,
-                scale,
-                ..Group::ZERO
-            });
+            return Ok(Group { scale_bits, scale, ..Group::ZERO });
         }
         let zero = f16::from_bits(zero_bits).to_f32();
         if !zero.is_finite() {
             return Err(FormatError::InvalidZero { bits: zero_bits });
         }
-        Ok(Group {
-            scale_bits,
-            zero_bits,
-            scale,
-            zero,
-        })
+        Ok(Group { scale_bits, zero_bits, scale, zero })
     }
 
     /// The code of weight `w` (finite): one division by the stored scale, the format's rounding,
     /// then saturation. In a group of scale 0 every weight gets the code of +0.
     #[inline]
     pub fn code(self, w: f32, group: &Group) -> u8 {
-        let t = if group.scale == 0.0 {
-            0.0
-        } else {
-            w / group.scale
-        };
+        let t = if group.scale == 0.0 { 0.0 } else { w / group.scale };
         match self {
             Format::Fp4E2m1 | Format::Nvfp4 | Format::Mxfp4 => fp4::encode(t),
             Format::Int4U4 => asymmetric_code(t, group.zero, 15.0),
@@ -182,10 +157,7 @@ impl Format {
             (Format::Nvfp4, None) => Err(FormatError::MissingTensorScale { format: self }),
             (Format::Nvfp4, Some(value)) if value.is_finite() && value > 0.0 => Ok(value),
             (Format::Nvfp4, Some(value)) => Err(FormatError::InvalidTensorScale { value }),
-            (_, Some(value)) => Err(FormatError::UnexpectedTensorScale {
-                format: self,
-                value,
-            }),
+            (_, Some(value)) => Err(FormatError::UnexpectedTensorScale { format: self, value }),
             (_, None) => Ok(1.0),
         }
     }
@@ -196,12 +168,7 @@ fn fit_asymmetric(min: f32, max: f32, levels: f32) -> Result<Group, FormatError>
     let scale = round_scale((max - min) / levels)?;
     // Adding +0 turns the -0 of a group without negative weights into the stored +0.
     let zero = (-min / scale.to_f32()).round_ties_even().clamp(0.0, levels) + 0.0;
-    Ok(Group {
-        scale_bits: scale.to_bits(),
-        zero_bits: f16::from_f32(zero).to_bits(),
-        scale: scale.to_f32(),
-        zero,
-    })
+    Ok(Group { scale_bits: scale.to_bits(), zero_bits: f16::from_f32(zero).to_bits(), scale: scale.to_f32(), zero })
 }
 
 /// `rint(t) + z` clamped to the grid. A fractional zero read from a file moves the rounding

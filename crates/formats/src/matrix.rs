@@ -43,10 +43,7 @@ impl Lengths {
                 groups: columns_of(scheme.groups(in_features))?,
             })
         };
-        lengths().ok_or(FormatError::Shape {
-            out_features,
-            in_features,
-        })
+        lengths().ok_or(FormatError::Shape { out_features, in_features })
     }
 }
 
@@ -66,34 +63,22 @@ impl QuantizedMatrix {
         check_length("weight", lengths.elements, weight.len())?;
         if let Some(index) = weight.iter().position(|w| !w.is_finite()) {
             let (n, k) = (index / in_features, index % in_features);
-            return Err(FormatError::NonFiniteWeight {
-                n,
-                k,
-                value: weight[index],
-            });
+            return Err(FormatError::NonFiniteWeight { n, k, value: weight[index] });
         }
         let amax = weight.iter().fold(0.0f32, |amax, w| amax.max(w.abs()));
         let tensor_scale = scheme.format.tensor_scale(amax);
         let mut matrix = Self::zeroed(scheme, in_features, out_features, &lengths, tensor_scale);
         let mut codes = vec![0u8; in_features];
         for (n, row) in weight.chunks_exact(in_features).enumerate() {
-            let groups = row
-                .chunks(scheme.group_size)
-                .zip(codes.chunks_mut(scheme.group_size));
+            let groups = row.chunks(scheme.group_size).zip(codes.chunks_mut(scheme.group_size));
             for (g, (weights, codes)) in groups.enumerate() {
-                let group = scheme
-                    .format
-                    .fit(weights, tensor_scale)
-                    .map_err(in_group(n, g))?;
+                let group = scheme.format.fit(weights, tensor_scale).map_err(in_group(n, g))?;
                 for (code, &w) in codes.iter_mut().zip(weights) {
                     *code = scheme.format.code(w, &group);
                 }
                 matrix.store_group(n, g, &group);
             }
-            scheme
-                .format
-                .layout()
-                .store_column(&codes, &mut matrix.codes, out_features, n);
+            scheme.format.layout().store_column(&codes, &mut matrix.codes, out_features, n);
         }
         Ok(matrix)
     }
@@ -117,19 +102,11 @@ impl QuantizedMatrix {
         let bits = scheme.format.code_bits();
         if let Some(index) = codes.iter().position(|&code| u32::from(code) >= 1 << bits) {
             let (n, k) = (index / in_features, index % in_features);
-            return Err(FormatError::CodeOutOfRange {
-                n,
-                k,
-                code: codes[index],
-                bits,
-            });
+            return Err(FormatError::CodeOutOfRange { n, k, code: codes[index], bits });
         }
         let mut matrix = Self::zeroed(scheme, in_features, out_features, &lengths, tensor_scale);
         for (n, column) in codes.chunks_exact(in_features).enumerate() {
-            scheme
-                .format
-                .layout()
-                .store_column(column, &mut matrix.codes, out_features, n);
+            scheme.format.layout().store_column(column, &mut matrix.codes, out_features, n);
         }
         let groups_per_column = scheme.groups(in_features);
         for (index, group) in groups.iter().enumerate() {
@@ -159,20 +136,9 @@ impl QuantizedMatrix {
     /// # Panics
     /// When `n` or `k` is out of range, as slice indexing does.
     pub fn code(&self, n: usize, k: usize) -> u8 {
-        assert!(
-            n < self.out_features,
-            "n {n} is out of range, N is {}",
-            self.out_features
-        );
-        assert!(
-            k < self.in_features,
-            "k {k} is out of range, K is {}",
-            self.in_features
-        );
-        self.scheme
-            .format
-            .layout()
-            .code(&self.codes, self.out_features, n, k)
+        assert!(n < self.out_features, "n {n} is out of range, N is {}", self.out_features);
+        assert!(k < self.in_features, "k {k} is out of range, K is {}", self.in_features);
+        self.scheme.format.layout().code(&self.codes, self.out_features, n, k)
     }
 
     /// The scale and zero of group `g` of output feature `n`.
@@ -223,15 +189,8 @@ impl QuantizedMatrix {
         out: &mut [f32],
     ) -> Result<(), FormatError> {
         let group_size = self.scheme.group_size;
-        self.scheme
-            .format
-            .layout()
-            .load_column(&self.codes, self.out_features, n, codes);
-        for (g, (codes, out)) in codes
-            .chunks(group_size)
-            .zip(out.chunks_mut(group_size))
-            .enumerate()
-        {
+        self.scheme.format.layout().load_column(&self.codes, self.out_features, n, codes);
+        for (g, (codes, out)) in codes.chunks(group_size).zip(out.chunks_mut(group_size)).enumerate() {
             let group = self.read_group(n, g)?;
             for (out, &code) in out.iter_mut().zip(codes) {
                 // The zero is +0 in formats without one, where subtracting it changes nothing.
@@ -248,11 +207,7 @@ impl QuantizedMatrix {
         lengths: &Lengths,
         tensor_scale: Option<f32>,
     ) -> Self {
-        let zeros = if scheme.format.has_zeros() {
-            lengths.groups
-        } else {
-            0
-        };
+        let zeros = if scheme.format.has_zeros() { lengths.groups } else { 0 };
         Self {
             scheme,
             in_features,
@@ -266,11 +221,7 @@ impl QuantizedMatrix {
 
     fn check_lengths(&self) -> Result<Lengths, FormatError> {
         let lengths = Lengths::new(self.scheme, self.out_features, self.in_features)?;
-        let zeros = if self.scheme.format.has_zeros() {
-            lengths.groups
-        } else {
-            0
-        };
+        let zeros = if self.scheme.format.has_zeros() { lengths.groups } else { 0 };
         check_length("codes", lengths.codes, self.codes.len())?;
         check_length("scales", lengths.groups, self.scales.len())?;
         check_length("zeros", zeros, self.zeros.len())?;
@@ -280,15 +231,8 @@ impl QuantizedMatrix {
     /// Reads a group whose indices and buffers have been checked.
     fn read_group(&self, n: usize, g: usize) -> Result<Group, FormatError> {
         let at = g * self.out_features + n;
-        let zero_bits = if self.scheme.format.has_zeros() {
-            self.zeros[at]
-        } else {
-            0
-        };
-        self.scheme
-            .format
-            .group_from_bits(self.scales[at], zero_bits, self.tensor_scale)
-            .map_err(in_group(n, g))
+        let zero_bits = if self.scheme.format.has_zeros() { self.zeros[at] } else { 0 };
+        self.scheme.format.group_from_bits(self.scales[at], zero_bits, self.tensor_scale).map_err(in_group(n, g))
     }
 
     fn store_group(&mut self, n: usize, g: usize, group: &Group) {
@@ -306,29 +250,13 @@ fn value_table(format: Format) -> [f32; 256] {
 }
 
 fn in_group(n: usize, g: usize) -> impl Fn(FormatError) -> FormatError {
-    move |source| FormatError::InGroup {
-        n,
-        g,
-        source: Box::new(source),
-    }
+    move |source| FormatError::InGroup { n, g, source: Box::new(source) }
 }
 
 fn check_length(what: &'static str, expected: usize, found: usize) -> Result<(), FormatError> {
-    if expected == found {
-        Ok(())
-    } else {
-        Err(FormatError::Length {
-            what,
-            expected,
-            found,
-        })
-    }
+    if expected == found { Ok(()) } else { Err(FormatError::Length { what, expected, found }) }
 }
 
 fn check_index(what: &'static str, index: usize, count: usize) -> Result<(), FormatError> {
-    if index < count {
-        Ok(())
-    } else {
-        Err(FormatError::Index { what, index, count })
-    }
+    if index < count { Ok(()) } else { Err(FormatError::Index { what, index, count }) }
 }

@@ -21,16 +21,8 @@ pub const NF4: [f32; 16] = from_bits([
 ]);
 
 /// The 8 NF3 levels, ascending: normal quantiles at the centres of eight equally likely bins.
-pub const NF3: [f32; 8] = from_bits([
-    0xBF80_0000,
-    0xBF14_09F5,
-    0xBEA3_2005,
-    0xBDD2_012A,
-    0x3DD2_012A,
-    0x3EA3_2005,
-    0x3F14_09F5,
-    0x3F80_0000,
-]);
+pub const NF3: [f32; 8] =
+    from_bits([0xBF80_0000, 0xBF14_09F5, 0xBEA3_2005, 0xBDD2_012A, 0x3DD2_012A, 0x3EA3_2005, 0x3F14_09F5, 0x3F80_0000]);
 
 /// The 4 NF2 levels, ascending: normal quantiles at the centres of four equally likely bins.
 pub const NF2: [f32; 4] = from_bits([0xBF80_0000, 0xBE8D_D219, 0x3E8D_D219, 0x3F80_0000]);
@@ -51,8 +43,5 @@ const fn from_bits<const LEVELS: usize>(bits: [u32; LEVELS]) -> [f32; LEVELS] {
 /// `levels` ascends and has at most 256 entries. NaN has no code and gives 0.
 #[inline]
 pub fn encode(levels: &[f32], t: f32) -> u8 {
-    levels
-        .windows(2)
-        .map(|pair| u8::from(t > (pair[0] + pair[1]) * 0.5))
-        .sum()
+    levels.windows(2).map(|pair| u8::from(t > (pair[0] + pair[1]) * 0.5)).sum()
 }

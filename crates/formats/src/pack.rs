@@ -85,11 +85,7 @@ impl Layout {
         for unit in codes.chunks_mut(self.codes_per_unit()) {
             match self {
                 Layout::Planar3 => {
-                    let planes = [
-                        words[at],
-                        words[at + out_features],
-                        words[at + 2 * out_features],
-                    ];
+                    let planes = [words[at], words[at + out_features], words[at + 2 * out_features]];
                     for (i, code) in unit.iter_mut().enumerate() {
                         *code = planar3_code(planes, i);
                     }
@@ -115,9 +111,7 @@ impl Layout {
         let (unit, i) = (k / self.codes_per_unit(), k % self.codes_per_unit());
         let word = |row: usize| words[row * out_features + n];
         match self {
-            Layout::Planar3 => {
-                planar3_code([word(3 * unit), word(3 * unit + 1), word(3 * unit + 2)], i)
-            }
+            Layout::Planar3 => planar3_code([word(3 * unit), word(3 * unit + 1), word(3 * unit + 2)], i),
             _ => (word(unit) >> (self.bits() as usize * i) & ((1 << self.bits()) - 1)) as u8,
         }
     }
@@ -126,10 +120,7 @@ impl Layout {
 /// One word of LSB-first codes, at most `32 / bits` of them.
 #[inline]
 fn pack_word(codes: &[u8], bits: u32) -> u32 {
-    codes
-        .iter()
-        .rev()
-        .fold(0, |word, &code| (word << bits) | u32::from(code))
+    codes.iter().rev().fold(0, |word, &code| (word << bits) | u32::from(code))
 }
 
 /// The three words of at most 32 three-bit codes.

@@ -23,10 +23,7 @@ impl Scheme {
 
     /// A format with its default group size.
     pub const fn with_default_group(format: Format) -> Self {
-        Self {
-            format,
-            group_size: format.default_group_size(),
-        }
+        Self { format, group_size: format.default_group_size() }
     }
 
     /// Groups of one column, the last one possibly short: `ceil(K / group_size)`.
@@ -43,13 +40,9 @@ impl Scheme {
     pub fn bits_per_weight(&self, in_features: usize, out_features: usize) -> f64 {
         let zero_bits = if self.format.has_zeros() { 16 } else { 0 };
         let group_bits = self.format.scale_kind().bits() + zero_bits;
-        let column_bits = self.code_rows(in_features) as f64 * 32.0
-            + self.groups(in_features) as f64 * f64::from(group_bits);
-        let tensor_bits = if self.format == Format::Nvfp4 {
-            32.0
-        } else {
-            0.0
-        };
+        let column_bits =
+            self.code_rows(in_features) as f64 * 32.0 + self.groups(in_features) as f64 * f64::from(group_bits);
+        let tensor_bits = if self.format == Format::Nvfp4 { 32.0 } else { 0.0 };
         (column_bits + tensor_bits / out_features as f64) / in_features as f64
     }
 
@@ -76,8 +69,7 @@ impl Scheme {
         zero_bits: u16,
         tensor_scale: Option<f32>,
     ) -> Result<Group, FormatError> {
-        self.format
-            .group_from_bits(scale_bits, zero_bits, tensor_scale)
+        self.format.group_from_bits(scale_bits, zero_bits, tensor_scale)
     }
 
     /// See [`Format::code`].

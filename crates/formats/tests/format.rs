@@ -32,12 +32,9 @@ fn names_round_trip_and_follow_the_document() {
 
 #[test]
 fn aliases() {
-    for (alias, format) in [
-        ("fp4", Format::Fp4E2m1),
-        ("int4", Format::Int4S4),
-        ("int4_asym", Format::Int4U4),
-        ("fp8", Format::Fp8E4m3),
-    ] {
+    for (alias, format) in
+        [("fp4", Format::Fp4E2m1), ("int4", Format::Int4S4), ("int4_asym", Format::Int4U4), ("fp8", Format::Fp8E4m3)]
+    {
         assert_eq!(alias.parse::<Format>().unwrap(), format);
     }
 }
@@ -45,19 +42,11 @@ fn aliases() {
 #[test]
 fn an_unknown_name_is_answered_with_every_valid_one() {
     let error = "q4_k".parse::<Format>().unwrap_err();
-    assert_eq!(
-        error,
-        FormatError::UnknownFormat {
-            name: "q4_k".to_owned()
-        }
-    );
+    assert_eq!(error, FormatError::UnknownFormat { name: "q4_k".to_owned() });
     let message = error.to_string();
     assert!(message.contains("`q4_k`"), "{message}");
     for format in Format::ALL {
-        assert!(
-            message.contains(&format!(" {}", format.name())),
-            "{message}"
-        );
+        assert!(message.contains(&format!(" {}", format.name())), "{message}");
     }
     for name in ["", "FP4", "nvfp4 ", "int5"] {
         assert!(name.parse::<Format>().is_err(), "{name:?}");
@@ -75,11 +64,7 @@ fn code_widths_zeros_and_scale_kinds() {
             Int8 | Int8Asym | Fp8E4m3 | Fp8E5m2 => 8,
         };
         assert_eq!(format.code_bits(), bits, "{format}");
-        assert_eq!(
-            format.has_zeros(),
-            matches!(format, Int4U4 | Int8Asym),
-            "{format}"
-        );
+        assert_eq!(format.has_zeros(), matches!(format, Int4U4 | Int8Asym), "{format}");
         let kind = match format {
             Nvfp4 => ScaleKind::E4m3,
             Mxfp4 => ScaleKind::E8m0,
@@ -128,11 +113,7 @@ fn group_size_rules() {
                     assert!(valid, "{format} {group_size}");
                     assert_eq!(scheme, Scheme { format, group_size });
                 }
-                Err(FormatError::GroupSize {
-                    format: named,
-                    group_size: size,
-                    rule,
-                }) => {
+                Err(FormatError::GroupSize { format: named, group_size: size, rule }) => {
                     assert!(!valid, "{format} {group_size}");
                     assert_eq!((named, size), (format, group_size));
                     assert!(rule.contains(&fixed.unwrap_or(unit).to_string()), "{rule}");
@@ -158,21 +139,14 @@ fn groups_and_code_rows_round_up() {
 
 #[test]
 fn bits_per_weight_of_the_summary_table() {
-    let bits = |format, group_size, k, n| {
-        Scheme::new(format, group_size)
-            .unwrap()
-            .bits_per_weight(k, n)
-    };
+    let bits = |format, group_size, k, n| Scheme::new(format, group_size).unwrap().bits_per_weight(k, n);
     let (k, n) = (4096, 1024);
     for (group_size, expected) in [(32, 4.5), (64, 4.25), (128, 4.125), (256, 4.0625)] {
         assert_eq!(bits(Format::Fp4E2m1, group_size, k, n), expected);
         assert_eq!(bits(Format::Int4S4, group_size, k, n), expected);
     }
     assert_eq!(bits(Format::Int4U4, 128, k, n), 4.25);
-    assert_eq!(
-        bits(Format::Nvfp4, 16, k, n),
-        4.5 + 32.0 / (4096.0 * 1024.0)
-    );
+    assert_eq!(bits(Format::Nvfp4, 16, k, n), 4.5 + 32.0 / (4096.0 * 1024.0));
     assert_eq!(bits(Format::Mxfp4, 32, k, n), 4.25);
     assert_eq!(bits(Format::Int8, 128, k, n), 8.125);
     assert_eq!(bits(Format::Int8, k, k, n), 8.0 + 16.0 / 4096.0);
@@ -205,10 +179,7 @@ fn dtypes() {
         ("F64", 8),
         ("BOOL", 1),
     ];
-    assert_eq!(
-        DType::ALL.map(|dtype| (dtype.name(), dtype.size_in_bytes())),
-        expected
-    );
+    assert_eq!(DType::ALL.map(|dtype| (dtype.name(), dtype.size_in_bytes())), expected);
     for dtype in DType::ALL {
         assert_eq!(DType::from_safetensors_name(dtype.name()), Some(dtype));
     }

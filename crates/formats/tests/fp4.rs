@@ -12,9 +12,7 @@ const WEIGHTS_1B: [f32; 8] = [0.02, -0.5, 0.26, 1.0, -1.3, 3.0, -6.0, 0.0];
 
 #[test]
 fn every_code_has_its_value() {
-    let expected: [f32; 16] = [
-        0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-    ];
+    let expected: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
     assert_eq!(bits(&fp4::VALUES), bits(&expected));
     assert_eq!(fp4::MAX, 6.0);
     for code in 0..16u8 {
@@ -31,10 +29,7 @@ fn every_code_has_its_value() {
 fn decoding_equals_the_f16_bit_trick() {
     for code in 0..16u16 {
         let h = half::f16::from_bits((code & 8) << 12 | (code & 7) << 9);
-        assert_eq!(
-            fp4::decode(code as u8).to_bits(),
-            (h.to_f32() * 16384.0).to_bits()
-        );
+        assert_eq!(fp4::decode(code as u8).to_bits(), (h.to_f32() * 16384.0).to_bits());
     }
 }
 
@@ -82,10 +77,7 @@ fn vector_1b() {
     assert_eq!(matrix.scales, [0x3C00]);
     assert_eq!(codes(&matrix), [0, 9, 1, 2, 11, 5, 15, 0]);
     assert_eq!(matrix.codes, [0x0F5B_2190]);
-    assert_eq!(
-        matrix.decode().unwrap(),
-        [0.0, -0.5, 0.5, 1.0, -1.5, 3.0, -6.0, 0.0]
-    );
+    assert_eq!(matrix.decode().unwrap(), [0.0, -0.5, 0.5, 1.0, -1.5, 3.0, -6.0, 0.0]);
     assert!(matrix.zeros.is_empty());
     assert_eq!(matrix.tensor_scale, None);
 }
@@ -98,12 +90,7 @@ fn vector_1c() {
     assert_eq!(matrix.group(0, 0).unwrap().scale, 0.00516510009765625);
     assert_eq!(codes(&matrix), [5, 10, 7, 15, 3, 1, 14, 6]);
     assert_eq!(matrix.codes, [0x6E13_F7A5]);
-    assert_eq!(
-        f16_bits(&matrix.decode().unwrap()),
-        [
-            0x23EF, 0x9D4A, 0x27EF, 0xA7EF, 0x1FEF, 0x194A, 0xA54A, 0x254A
-        ]
-    );
+    assert_eq!(f16_bits(&matrix.decode().unwrap()), [0x23EF, 0x9D4A, 0x27EF, 0xA7EF, 0x1FEF, 0x194A, 0xA54A, 0x254A]);
 }
 
 #[test]
@@ -114,10 +101,7 @@ fn vector_1g_short_tail_and_negative_zero() {
     assert_eq!(matrix.scales, [0x3C00, 0x3400]);
     assert_eq!(codes(&matrix)[8..], [5, 15, 2, 8]);
     assert_eq!(matrix.codes, [0x0F5B_2190, 0x0000_82F5]);
-    assert_eq!(
-        bits(&matrix.decode().unwrap()[8..]),
-        bits(&[0.75, -1.5, 0.25, -0.0])
-    );
+    assert_eq!(bits(&matrix.decode().unwrap()[8..]), bits(&[0.75, -1.5, 0.25, -0.0]));
 }
 
 #[test]
@@ -137,10 +121,7 @@ fn fp4_scale_search_keeps_the_best_of_forty() {
         for j in 0..40u8 {
             let scale = half::f16::from_f32(amax / 6.0 * (1.0 - f32::from(j) / 80.0));
             let decoded = |w: f32| fp4::decode(fp4::encode(w / scale.to_f32())) * scale.to_f32();
-            let error: f64 = group
-                .iter()
-                .map(|&w| (f64::from(decoded(w)) - f64::from(w)).powi(2))
-                .sum();
+            let error: f64 = group.iter().map(|&w| (f64::from(decoded(w)) - f64::from(w)).powi(2)).sum();
             if error < best.0 {
                 best = (error, scale.to_bits());
             }
@@ -172,15 +153,11 @@ fn fp4_scale_search_ties_go_to_the_largest_scale() {
     assert_eq!(fp4::fit_search(&[6.0]).unwrap().scale_bits, 0x3C00);
     assert_eq!(fp4::fit_search(&[0.0, -0.0]).unwrap(), Group::ZERO);
     assert_eq!(fp4::fit_search(&[1e-9]).unwrap().scale_bits, 1);
-    assert!(matches!(
-        fp4::fit_search(&[f32::NAN]),
-        Err(FormatError::NonFinite { index: 0, .. })
-    ));
+    assert!(matches!(fp4::fit_search(&[f32::NAN]), Err(FormatError::NonFinite { index: 0, .. })));
 }
 
-const BLOCK_1D: [f32; 16] = [
-    0.9, -0.31, 0.07, -1.8, 0.5, 0.0, -0.05, 1.2, 2.4, -0.6, 0.33, -0.12, 0.011, -2.1, 0.75, 0.2,
-];
+const BLOCK_1D: [f32; 16] =
+    [0.9, -0.31, 0.07, -1.8, 0.5, 0.0, -0.05, 1.2, 2.4, -0.6, 0.33, -0.12, 0.011, -2.1, 0.75, 0.2];
 const CODES_1D: [u8; 16] = [4, 10, 0, 14, 3, 0, 8, 5, 7, 11, 2, 9, 0, 15, 4, 1];
 const BYTES_1D: [u8; 8] = [0xA4, 0xE0, 0x03, 0x58, 0xB7, 0x92, 0xF0, 0x14];
 
@@ -202,34 +179,23 @@ fn vector_1d_nvfp4_compressed_tensors_scale() {
 
 #[test]
 fn vector_1h_nvfp4_modelopt_scale_multiplies() {
-    let half_block = [
-        0.001, -0.0005, 0.0002, 0.0, -0.0011, 0.0007, 0.0003, -0.0001,
-    ];
+    let half_block = [0.001, -0.0005, 0.0002, 0.0, -0.0011, 0.0007, 0.0003, -0.0001];
     let block = [half_block, half_block].concat();
     let tensor_scale = Format::Nvfp4.tensor_scale(0.75).unwrap();
     assert_eq!(tensor_scale, 3584.0);
     let group = Format::Nvfp4.fit(&block, Some(tensor_scale)).unwrap();
     assert_eq!(group.scale_bits, 0x33);
-    assert_eq!(
-        group.scale.to_bits(),
-        0x3949_2492,
-        "compressed-tensors divides"
-    );
+    assert_eq!(group.scale.to_bits(), 0x3949_2492, "compressed-tensors divides");
 
     let scale_2 = 0.75f32 / 2688.0;
     assert_eq!(scale_2.to_bits(), 0x3992_4925);
     let modelopt = group_with_scale(0.6875 * scale_2);
     assert_eq!(modelopt.scale.to_bits(), 0x3949_2493);
     let expected = [7, 13, 2, 0, 15, 6, 3, 9];
-    let codes: Vec<u8> = block
-        .iter()
-        .map(|&w| Format::Nvfp4.code(w, &modelopt))
-        .collect();
+    let codes: Vec<u8> = block.iter().map(|&w| Format::Nvfp4.code(w, &modelopt)).collect();
     assert_eq!(codes, [expected, expected].concat());
     let mut words = [0; 2];
-    Format::Nvfp4
-        .layout()
-        .store_column(&codes, &mut words, 1, 0);
+    Format::Nvfp4.layout().store_column(&codes, &mut words, 1, 0);
     assert_eq!(words.map(u32::to_le_bytes), [[0xD7, 0x02, 0x6F, 0x93]; 2]);
     assert_eq!(Format::Nvfp4.dequantize(7, &modelopt), 0.001_150_948_7);
 }
@@ -250,34 +216,13 @@ fn nvfp4_block_scale_edges() {
     let tiny = Format::Nvfp4.fit(&[1e-9; 16], Some(672.0)).unwrap();
     assert_eq!((tiny.scale_bits, tiny.scale), (1, 2f32.powi(-9) / 672.0));
     // A tensor scale computed for a smaller tensor saturates.
-    assert_eq!(
-        Format::Nvfp4
-            .fit(&[400.0; 16], Some(672.0))
-            .unwrap()
-            .scale_bits,
-        0x7E
-    );
-    assert_eq!(
-        Format::Nvfp4.fit(&[0.0; 16], Some(672.0)).unwrap(),
-        Group::ZERO
-    );
+    assert_eq!(Format::Nvfp4.fit(&[400.0; 16], Some(672.0)).unwrap().scale_bits, 0x7E);
+    assert_eq!(Format::Nvfp4.fit(&[0.0; 16], Some(672.0)).unwrap(), Group::ZERO);
     for byte in [0x7F, 0x80, 0x81, 0xFE, 0xFF, 0x100] {
         let read = Format::Nvfp4.group_from_bits(byte, 0, Some(1.0));
-        assert_eq!(
-            read,
-            Err(FormatError::InvalidScale {
-                bits: byte,
-                kind: "E4M3"
-            })
-        );
+        assert_eq!(read, Err(FormatError::InvalidScale { bits: byte, kind: "E4M3" }));
     }
-    assert_eq!(
-        Format::Nvfp4
-            .group_from_bits(0x7E, 0, Some(2.0))
-            .unwrap()
-            .scale,
-        224.0
-    );
+    assert_eq!(Format::Nvfp4.group_from_bits(0x7E, 0, Some(2.0)).unwrap().scale, 224.0);
 }
 
 #[test]
@@ -289,26 +234,16 @@ fn nvfp4_refuses_bad_tensor_scales() {
     let nan = Format::Nvfp4.fit(&[1.0], Some(f32::NAN));
     assert!(matches!(nan, Err(FormatError::InvalidTensorScale { .. })));
     let missing = Format::Nvfp4.fit(&[1.0], None);
-    assert_eq!(
-        missing,
-        Err(FormatError::MissingTensorScale {
-            format: Format::Nvfp4
-        })
-    );
+    assert_eq!(missing, Err(FormatError::MissingTensorScale { format: Format::Nvfp4 }));
     let extra = Format::Fp4E2m1.fit(&[1.0], Some(1.0));
-    assert!(matches!(
-        extra,
-        Err(FormatError::UnexpectedTensorScale { .. })
-    ));
+    assert!(matches!(extra, Err(FormatError::UnexpectedTensorScale { .. })));
     // A subnormal divisor makes the block scale infinite.
     let overflow = Format::Nvfp4.group_from_bits(0x7E, 0, Some(1e-40));
     assert!(matches!(overflow, Err(FormatError::InvalidScale { .. })));
 }
 
 fn block_1e() -> Vec<f32> {
-    (0..32)
-        .map(|i| ((7 * i % 31) as f32 - 15.0) / 8.0)
-        .collect()
+    (0..32).map(|i| ((7 * i % 31) as f32 - 15.0) / 8.0).collect()
 }
 
 #[test]
@@ -316,32 +251,18 @@ fn vector_1e_mxfp4_ocp_floor() {
     let block = block_1e();
     let byte = e8m0::scale_byte(1.875, ScaleRule::OcpFloor);
     assert_eq!(byte, 0x7D);
-    let group = Format::Mxfp4
-        .group_from_bits(u16::from(byte), 0, None)
-        .unwrap();
+    let group = Format::Mxfp4.group_from_bits(u16::from(byte), 0, None).unwrap();
     assert_eq!(group.scale, 0.25);
-    let codes: Vec<u8> = block
-        .iter()
-        .map(|&w| Format::Mxfp4.code(w, &group))
-        .collect();
-    let expected = [
-        15, 14, 9, 5, 7, 15, 12, 3, 6, 15, 14, 0, 6, 7, 14, 11, 4, 7, 15, 13, 1, 6, 7, 14, 10, 4,
-        7, 15, 12, 2, 6, 15,
-    ];
+    let codes: Vec<u8> = block.iter().map(|&w| Format::Mxfp4.code(w, &group)).collect();
+    let expected =
+        [15, 14, 9, 5, 7, 15, 12, 3, 6, 15, 14, 0, 6, 7, 14, 11, 4, 7, 15, 13, 1, 6, 7, 14, 10, 4, 7, 15, 12, 2, 6, 15];
     assert_eq!(codes, expected);
     let mut words = [0u32; 4];
-    Format::Mxfp4
-        .layout()
-        .store_column(&codes, &mut words, 1, 0);
-    let expected_bytes = [
-        0xEF, 0x59, 0xF7, 0x3C, 0xF6, 0x0E, 0x76, 0xBE, 0x74, 0xDF, 0x61, 0xE7, 0x4A, 0xF7, 0x2C,
-        0xF6,
-    ];
+    Format::Mxfp4.layout().store_column(&codes, &mut words, 1, 0);
+    let expected_bytes =
+        [0xEF, 0x59, 0xF7, 0x3C, 0xF6, 0x0E, 0x76, 0xBE, 0x74, 0xDF, 0x61, 0xE7, 0x4A, 0xF7, 0x2C, 0xF6];
     assert_eq!(words.map(u32::to_le_bytes).concat(), expected_bytes);
-    let decoded: Vec<f32> = codes[..8]
-        .iter()
-        .map(|&c| Format::Mxfp4.dequantize(c, &group))
-        .collect();
+    let decoded: Vec<f32> = codes[..8].iter().map(|&c| Format::Mxfp4.dequantize(c, &group)).collect();
     assert_eq!(decoded, [-1.5, -1.0, -0.125, 0.75, 1.5, -1.5, -0.5, 0.375]);
 }
 
@@ -385,13 +306,7 @@ fn every_e8m0_byte() {
         let expected = 2f64.powi(i32::from(byte) - 127);
         assert_eq!(f64::from(e8m0::decode(byte).unwrap()), expected);
     }
-    assert_eq!(
-        e8m0::decode(255),
-        Err(FormatError::InvalidScale {
-            bits: 255,
-            kind: "E8M0"
-        })
-    );
+    assert_eq!(e8m0::decode(255), Err(FormatError::InvalidScale { bits: 255, kind: "E8M0" }));
     for bits in [0xFF, 0x100, 0x7FFF] {
         assert!(Format::Mxfp4.group_from_bits(bits, 0, None).is_err());
     }
@@ -408,8 +323,5 @@ fn a_zero_mxfp4_group_stores_byte_0_and_drops_the_sign_of_zero() {
     // A nonzero group with the same byte keeps the sign.
     weights[4] = 2f32.powi(-126);
     let matrix = encode_column(Format::Mxfp4, 32, &weights);
-    assert_eq!(
-        (matrix.scales[0], matrix.code(0, 3), matrix.code(0, 4)),
-        (0, 8, 4)
-    );
+    assert_eq!((matrix.scales[0], matrix.code(0, 3), matrix.code(0, 4)), (0, 8, 4));
 }

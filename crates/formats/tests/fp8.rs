@@ -25,11 +25,7 @@ fn every_e4m3_code_decodes_by_the_definition() {
         match e4m3_value(code) {
             None => assert!(e4m3::decode(code).is_nan(), "{code:#x}"),
             Some(value) => {
-                assert_eq!(
-                    e4m3::decode(code).to_bits(),
-                    (value as f32).to_bits(),
-                    "{code:#x}"
-                );
+                assert_eq!(e4m3::decode(code).to_bits(), (value as f32).to_bits(), "{code:#x}");
             }
         }
         let value = Format::Fp8E4m3.value(code, 0.0);
@@ -54,11 +50,7 @@ fn every_e5m2_code_is_the_upper_byte_of_an_f16() {
     assert_eq!(e5m2::MAX, 57344.0);
     assert_eq!(e5m2::decode(0x7C), f32::INFINITY);
     assert_eq!(e5m2::decode(0xFC), f32::NEG_INFINITY);
-    assert!(
-        (0x7D..=0x7F)
-            .chain(0xFD..=0xFF)
-            .all(|code| e5m2::decode(code).is_nan())
-    );
+    assert!((0x7D..=0x7F).chain(0xFD..=0xFF).all(|code| e5m2::decode(code).is_nan()));
 }
 
 /// Rounds by comparing with the neighbouring values: the nearest, on a tie the even code.
@@ -67,33 +59,19 @@ fn check_rounding(max_code: u8, decode: fn(u8) -> f32, encode: fn(f32) -> u8) {
         let (a, b) = (decode(low), decode(low + 1));
         let middle = ((f64::from(a) + f64::from(b)) / 2.0) as f32;
         let even = if low % 2 == 0 { low } else { low + 1 };
-        for (t, code) in [
-            (a, low),
-            (b, low + 1),
-            (middle, even),
-            (middle.next_down(), low),
-            (middle.next_up(), low + 1),
-        ] {
+        for (t, code) in
+            [(a, low), (b, low + 1), (middle, even), (middle.next_down(), low), (middle.next_up(), low + 1)]
+        {
             assert_eq!(encode(t), code, "{t}");
             assert_eq!(encode(-t), code | 0x80, "-{t}");
         }
     }
     let max = decode(max_code);
-    for t in [
-        max.next_up(),
-        max * 1.01,
-        max * 1.07,
-        max * 2.0,
-        f32::MAX,
-        f32::INFINITY,
-    ] {
+    for t in [max.next_up(), max * 1.01, max * 1.07, max * 2.0, f32::MAX, f32::INFINITY] {
         assert_eq!((encode(t), encode(-t)), (max_code, max_code | 0x80), "{t}");
     }
     assert_eq!((encode(f32::NAN), encode(-f32::NAN)), (0x7F, 0x7F));
-    assert_eq!(
-        (encode(f32::from_bits(1)), encode(-f32::from_bits(1))),
-        (0, 0x80)
-    );
+    assert_eq!((encode(f32::from_bits(1)), encode(-f32::from_bits(1))), (0, 0x80));
 }
 
 #[test]
@@ -123,22 +101,12 @@ fn vector_3b() {
     for (t, code) in cases {
         assert_eq!(e4m3::encode(t), code, "{t}");
     }
-    assert_eq!(
-        [0x07, 0x3C, 0x77, 0x78].map(e4m3::decode),
-        [0.013671875, 1.5, 240.0, 256.0]
-    );
+    assert_eq!([0x07, 0x3C, 0x77, 0x78].map(e4m3::decode), [0.013671875, 1.5, 240.0, 256.0]);
 }
 
 #[test]
 fn vector_3c() {
-    let cases = [
-        (1.125, 0x3C),
-        (1.375, 0x3E),
-        (3.3, 0x43),
-        (60000.0, 0x7B),
-        (65536.0, 0x7B),
-        (2f32.powi(-17), 0x00),
-    ];
+    let cases = [(1.125, 0x3C), (1.375, 0x3E), (3.3, 0x43), (60000.0, 0x7B), (65536.0, 0x7B), (2f32.powi(-17), 0x00)];
     for (t, code) in cases {
         assert_eq!(e5m2::encode(t), code, "{t}");
     }
@@ -147,17 +115,9 @@ fn vector_3c() {
 
 /// Codes and dequantized values of a block under an f32 multiplier.
 fn block(scale: f32, weights: [f32; 4]) -> ([u8; 4], [f32; 4]) {
-    let group = Group {
-        scale_bits: 0,
-        zero_bits: 0,
-        scale,
-        zero: 0.0,
-    };
+    let group = Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0 };
     let codes = weights.map(|w| Format::Fp8E4m3.code(w, &group));
-    (
-        codes,
-        codes.map(|code| Format::Fp8E4m3.dequantize(code, &group)),
-    )
+    (codes, codes.map(|code| Format::Fp8E4m3.dequantize(code, &group)))
 }
 
 #[test]
@@ -175,10 +135,7 @@ fn vector_3f_block_elements() {
     assert_eq!(scale.to_bits(), 0x3C03_A83A);
     let (codes, out) = block(scale, [3.6, -1.0, 0.2, 0.013]);
     assert_eq!(codes, [0x7E, 0xF0, 0x5C, 0x3D]);
-    assert_eq!(
-        out,
-        [448.0 * scale, -128.0 * scale, 24.0 * scale, 1.625 * scale]
-    );
+    assert_eq!(out, [448.0 * scale, -128.0 * scale, 24.0 * scale, 1.625 * scale]);
     // The document prints seven or eight decimals.
     for (found, printed) in out.iter().zip([3.6, -1.0285714, 0.1928571, 0.01305803]) {
         assert!((found - printed).abs() <= 6e-8, "{found} {printed}");

@@ -10,15 +10,12 @@ use marlin_formats::{Format, FormatError, Group};
 const WEIGHTS_2A: [f32; 8] = [-0.75, -0.2, 0.1, 0.33, 0.6, 0.9, 1.2, 0.0];
 const WEIGHTS_2I: [f32; 8] = [0.5, 0.75, 1.0, 0.6, 0.9, 0.55, 0.8, 0.7];
 const WEIGHTS_3A: [f32; 8] = [0.5, -1.27, 0.031, 0.999, -0.0049, 1.1, 0.0, -0.62];
-const WEIGHTS_4A: [f32; 16] = [
-    0.3, -0.9, 1.2, -0.1, 0.5, -0.6, 0.0, -1.2, 0.79, 0.81, -0.4, 0.4, 1.0, -1.0, 0.2, -0.25,
-];
+const WEIGHTS_4A: [f32; 16] =
+    [0.3, -0.9, 1.2, -0.1, 0.5, -0.6, 0.0, -1.2, 0.79, 0.81, -0.4, 0.4, 1.0, -1.0, 0.2, -0.25];
 
 #[test]
 fn every_code_has_its_value() {
-    let s4: [f32; 16] = [
-        -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0,
-    ];
+    let s4: [f32; 16] = [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
     let int3: [f32; 8] = [-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5];
     let int2: [f32; 4] = [-1.5, -0.5, 0.5, 1.5];
     for (code, value) in (0u8..).zip(s4) {
@@ -34,11 +31,7 @@ fn every_code_has_its_value() {
     }
     for code in 0..=255u8 {
         let unsigned = f32::from(code);
-        let signed = if code < 128 {
-            unsigned
-        } else {
-            unsigned - 256.0
-        };
+        let signed = if code < 128 { unsigned } else { unsigned - 256.0 };
         assert_eq!(Format::Int8.value(code, 0.0), signed);
         assert_eq!(Format::Int8Asym.value(code, 0.0), unsigned);
         assert_eq!(Format::Int8Asym.value(code, 137.0), unsigned - 137.0);
@@ -52,12 +45,7 @@ fn vector_2a_u4() {
     assert_eq!(matrix.zeros, [0x4600]);
     assert_eq!(codes(&matrix), [0, 4, 7, 9, 11, 13, 15, 6]);
     assert_eq!(matrix.codes, [0x6FDB_9740]);
-    assert_eq!(
-        f16_bits(&matrix.decode().unwrap()),
-        [
-            0xBA3E, 0xB429, 0x3029, 0x363E, 0x3933, 0x3B48, 0x3CAE, 0x0000
-        ]
-    );
+    assert_eq!(f16_bits(&matrix.decode().unwrap()), [0xBA3E, 0xB429, 0x3029, 0x363E, 0x3933, 0x3B48, 0x3CAE, 0x0000]);
 }
 
 #[test]
@@ -68,16 +56,7 @@ fn vector_2a_s4() {
     assert_eq!(matrix.codes, [0x8FDC_A974]);
     assert_eq!(
         matrix.decode().unwrap(),
-        [
-            -0.685546875,
-            -0.17138671875,
-            0.17138671875,
-            0.3427734375,
-            0.685546875,
-            0.85693359375,
-            1.19970703125,
-            0.0
-        ]
+        [-0.685546875, -0.17138671875, 0.17138671875, 0.3427734375, 0.685546875, 0.85693359375, 1.19970703125, 0.0]
     );
 }
 
@@ -87,22 +66,12 @@ fn vector_2i_all_positive() {
     assert_eq!((u4.scales[0], u4.zeros[0]), (0x2C44, 0x0000));
     assert_eq!(codes(&u4), [8, 11, 15, 9, 14, 8, 12, 11]);
     assert_eq!(u4.codes, [0xBC8E_9FB8]);
-    assert_eq!(
-        f16_bits(&u4.decode().unwrap()),
-        [
-            0x3844, 0x39DE, 0x3C00, 0x38CC, 0x3B77, 0x3844, 0x3A66, 0x39DE
-        ]
-    );
+    assert_eq!(f16_bits(&u4.decode().unwrap()), [0x3844, 0x39DE, 0x3C00, 0x38CC, 0x3B77, 0x3844, 0x3A66, 0x39DE]);
     let s4 = encode_column(Format::Int4S4, 8, &WEIGHTS_2I);
     assert_eq!(s4.scales, [0x3092]);
     assert_eq!(codes(&s4), [12, 13, 15, 12, 14, 12, 14, 13]);
     assert_eq!(s4.codes, [0xDECE_CFDC]);
-    assert_eq!(
-        f16_bits(&s4.decode().unwrap()),
-        [
-            0x3892, 0x39B6, 0x3C00, 0x3892, 0x3ADB, 0x3892, 0x3ADB, 0x39B6
-        ]
-    );
+    assert_eq!(f16_bits(&s4.decode().unwrap()), [0x3892, 0x39B6, 0x3C00, 0x3892, 0x3ADB, 0x3892, 0x3ADB, 0x39B6]);
 }
 
 #[test]
@@ -140,10 +109,7 @@ fn vector_3e_int8_never_writes_minus_128() {
     let matrix = encode_column(Format::Int8, 4, &[-3.0, 2.999, 0.0118, -0.0119]);
     assert_eq!(matrix.scales, [0x260C]);
     assert_eq!(matrix.codes, [0xFF00_7F81]);
-    assert_eq!(
-        matrix.decode().unwrap(),
-        [-2.99981689453125, 2.99981689453125, 0.0, -0.02362060546875]
-    );
+    assert_eq!(matrix.decode().unwrap(), [-2.99981689453125, 2.99981689453125, 0.0, -0.02362060546875]);
 }
 
 #[test]
@@ -160,38 +126,27 @@ fn symmetric_codes_saturate_and_break_ties_to_even() {
 
 #[test]
 fn asymmetric_ties_round_before_the_zero_is_added() {
-    let group = Format::Int4U4
-        .group_from_bits(0x3C00, 0x4200, None)
-        .unwrap();
+    let group = Format::Int4U4.group_from_bits(0x3C00, 0x4200, None).unwrap();
     assert_eq!(group.zero, 3.0);
     let code = |w| Format::Int4U4.code(w, &group);
     // rint(0.5) + 3 and rint(1.5) + 3; rounding the sum instead would give 4 and 4.
     assert_eq!([code(0.5), code(1.5), code(-0.5), code(-1.5)], [3, 5, 3, 1]);
-    assert_eq!(
-        [code(-3.4), code(-9.0), code(12.4), code(99.0)],
-        [0, 0, 15, 15]
-    );
+    assert_eq!([code(-3.4), code(-9.0), code(12.4), code(99.0)], [0, 0, 15, 15]);
     assert_eq!([code(0.0), code(-0.0)], [3, 3]);
 }
 
 #[test]
 fn fractional_and_far_zeros_are_read_unclamped() {
-    let fractional = Format::Int4U4
-        .group_from_bits(0x3800, 0x4480, None)
-        .unwrap();
+    let fractional = Format::Int4U4.group_from_bits(0x3800, 0x4480, None).unwrap();
     assert_eq!((fractional.scale, fractional.zero), (0.5, 4.5));
     for code in 0..16u8 {
         let w = (f32::from(code) - 4.5) * 0.5;
         assert_eq!(Format::Int4U4.dequantize(code, &fractional), w);
         assert_eq!(Format::Int4U4.code(w, &fractional), code);
     }
-    let far = Format::Int8Asym
-        .group_from_bits(0x3C00, 0xDC00, None)
-        .unwrap();
+    let far = Format::Int8Asym.group_from_bits(0x3C00, 0xDC00, None).unwrap();
     assert_eq!(Format::Int8Asym.dequantize(3, &far), 259.0);
-    let far = Format::Int4U4
-        .group_from_bits(0x3C00, 0x5C00, None)
-        .unwrap();
+    let far = Format::Int4U4.group_from_bits(0x3C00, 0x5C00, None).unwrap();
     assert_eq!(Format::Int4U4.dequantize(3, &far), -253.0);
 }
 
@@ -204,28 +159,15 @@ fn non_finite_zeros_are_refused() {
         }
     }
     // Formats without zeros do not look at the bits.
-    let read = Format::Int4S4
-        .group_from_bits(0x3C00, 0x7C00, None)
-        .unwrap();
-    assert_eq!(
-        read,
-        Group {
-            scale_bits: 0x3C00,
-            zero_bits: 0,
-            scale: 1.0,
-            zero: 0.0
-        }
-    );
+    let read = Format::Int4S4.group_from_bits(0x3C00, 0x7C00, None).unwrap();
+    assert_eq!(read, Group { scale_bits: 0x3C00, zero_bits: 0, scale: 1.0, zero: 0.0 });
 }
 
 #[test]
 fn vector_4a_int2() {
     let matrix = encode_column(Format::Int2, 16, &WEIGHTS_4A);
     assert_eq!(matrix.scales, [0x3A66]);
-    assert_eq!(
-        codes(&matrix),
-        [2, 0, 3, 1, 2, 1, 2, 0, 2, 3, 1, 2, 3, 0, 2, 1]
-    );
+    assert_eq!(codes(&matrix), [2, 0, 3, 1, 2, 1, 2, 0, 2, 3, 1, 2, 3, 0, 2, 1]);
     assert_eq!(matrix.codes, [0x639E_2672]);
     assert_eq!(matrix.decode().unwrap()[0], 0.5 * 0.7998046875);
 }
@@ -234,16 +176,11 @@ fn vector_4a_int2() {
 fn vector_4a_int3() {
     let matrix = encode_column(Format::Int3, 32, &WEIGHTS_4A);
     assert_eq!(matrix.scales, [0x357C]);
-    assert_eq!(
-        codes(&matrix),
-        [4, 1, 7, 3, 5, 2, 4, 0, 6, 6, 2, 5, 6, 1, 4, 3]
-    );
+    assert_eq!(codes(&matrix), [4, 1, 7, 3, 5, 2, 4, 0, 6, 6, 2, 5, 6, 1, 4, 3]);
     let decoded = matrix.decode().unwrap();
     assert_eq!(decoded[..3], [0.17138671875, -0.85693359375, 1.19970703125]);
     // The first ten codes, 3 bits each, as the legacy layout packs them.
-    let word = (0..10).fold(0u32, |word, k| {
-        word | u32::from(matrix.code(0, k)) << (3 * k)
-    });
+    let word = (0..10).fold(0u32, |word, k| word | u32::from(matrix.code(0, k)) << (3 * k));
     assert_eq!(word, 0x3611_57CC);
 }
 
@@ -260,14 +197,8 @@ fn mid_rise_ties_go_up_and_zero_is_above_the_middle() {
     let one = Format::Int3.group_from_bits(0x3C00, 0, None).unwrap();
     let int3 = |w| Format::Int3.code(w, &one);
     assert_eq!([int3(0.0), int3(-0.0), int3(1.0), int3(-1.0)], [4, 4, 5, 3]);
-    assert_eq!(
-        [int3(3.4), int3(99.0), int3(-3.6), int3(-99.0)],
-        [7, 7, 0, 0]
-    );
+    assert_eq!([int3(3.4), int3(99.0), int3(-3.6), int3(-99.0)], [7, 7, 0, 0]);
     let int2 = |w| Format::Int2.code(w, &one);
     assert_eq!([int2(0.0), int2(-0.0), int2(1.0), int2(-1.0)], [2, 2, 3, 1]);
-    assert_eq!(
-        [int2(1.9), int2(99.0), int2(-1.1), int2(-99.0)],
-        [3, 3, 0, 0]
-    );
+    assert_eq!([int2(1.9), int2(99.0), int2(-1.1), int2(-99.0)], [3, 3, 0, 0]);
 }

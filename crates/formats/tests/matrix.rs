@@ -25,13 +25,8 @@ fn half_group(format: Format) -> Group {
         _ => 0x3800,
     };
     let zero_bits = if format.has_zeros() { 0x4500 } else { 0 };
-    let group = format
-        .group_from_bits(scale_bits, zero_bits, tensor_scale(format))
-        .unwrap();
-    assert_eq!(
-        (group.scale, group.zero),
-        (0.5, if format.has_zeros() { 5.0 } else { 0.0 })
-    );
+    let group = format.group_from_bits(scale_bits, zero_bits, tensor_scale(format)).unwrap();
+    assert_eq!((group.scale, group.zero), (0.5, if format.has_zeros() { 5.0 } else { 0.0 }));
     group
 }
 
@@ -65,9 +60,7 @@ fn every_code_of_every_format_in_every_slot() {
                 let mut codes = vec![0u8; n_total * k_total];
                 codes[k_total + k] = code;
                 let scale = tensor_scale(format);
-                let matrix =
-                    QuantizedMatrix::from_codes(scheme, k_total, n_total, &codes, &groups, scale)
-                        .unwrap();
+                let matrix = QuantizedMatrix::from_codes(scheme, k_total, n_total, &codes, &groups, scale).unwrap();
                 let column: Vec<u32> = matrix.codes.iter().skip(1).step_by(2).copied().collect();
                 assert_eq!(column, expected_words(format, column.len(), k, code));
                 assert!(matrix.codes.iter().step_by(2).all(|&word| word == 0));
@@ -91,21 +84,16 @@ fn rows_columns_and_groups_are_not_mixed_up() {
         let group_count = scheme.groups(k_total);
         let limit = 1usize << format.code_bits();
         // FP8 codes stop short of the infinities and NaNs.
-        let codes: Vec<u8> = (0..n_total * k_total)
-            .map(|i| (i * 7 % limit.min(120)) as u8)
-            .collect();
+        let codes: Vec<u8> = (0..n_total * k_total).map(|i| (i * 7 % limit.min(120)) as u8).collect();
         let groups: Vec<Group> = (0..n_total * group_count)
             .map(|i| {
                 let base = half_group(format);
                 let (scale, zero) = (base.scale_bits + i as u16, base.zero_bits);
-                format
-                    .group_from_bits(scale, zero, tensor_scale(format))
-                    .unwrap()
+                format.group_from_bits(scale, zero, tensor_scale(format)).unwrap()
             })
             .collect();
         let scale = tensor_scale(format);
-        let matrix =
-            QuantizedMatrix::from_codes(scheme, k_total, n_total, &codes, &groups, scale).unwrap();
+        let matrix = QuantizedMatrix::from_codes(scheme, k_total, n_total, &codes, &groups, scale).unwrap();
         assert_eq!(matrix.codes.len(), scheme.code_rows(k_total) * n_total);
         let dense = matrix.decode().unwrap();
         let mut row = vec![0.0; k_total];
@@ -114,10 +102,7 @@ fn rows_columns_and_groups_are_not_mixed_up() {
             assert_eq!(bits(&row), bits(&dense[n * k_total..][..k_total]));
             for g in 0..group_count {
                 assert_eq!(matrix.group(n, g).unwrap(), groups[n * group_count + g]);
-                assert_eq!(
-                    matrix.scales[g * n_total + n],
-                    groups[n * group_count + g].scale_bits
-                );
+                assert_eq!(matrix.scales[g * n_total + n], groups[n * group_count + g].scale_bits);
             }
             for k in 0..k_total {
                 let code = codes[n * k_total + k];
@@ -133,27 +118,19 @@ fn rows_columns_and_groups_are_not_mixed_up() {
 fn tails_are_padded_with_zero_codes_that_readers_ignore() {
     for format in Format::ALL {
         for k_total in [1, 3, 5, 17, 31, 33, 47, 65] {
-            let weights: Vec<f32> = (0..k_total)
-                .map(|k| (k as f32 * 0.7).sin() + 0.01)
-                .collect();
+            let weights: Vec<f32> = (0..k_total).map(|k| (k as f32 * 0.7).sin() + 0.01).collect();
             let matrix = encode_column(format, scheme(format).group_size, &weights);
             let layout = format.layout();
             let padded = layout.rows(k_total) / layout.words_per_unit() * layout.codes_per_unit();
             let mut unpacked = vec![0xFF; padded];
             layout.load_column(&matrix.codes, 1, 0, &mut unpacked);
-            assert!(
-                unpacked[k_total..].iter().all(|&code| code == 0),
-                "{format} {k_total}"
-            );
+            assert!(unpacked[k_total..].iter().all(|&code| code == 0), "{format} {k_total}");
 
             let mut garbage = matrix.clone();
             unpacked[k_total..].fill(((1u32 << format.code_bits()) - 1) as u8);
             layout.store_column(&unpacked, &mut garbage.codes, 1, 0);
             assert_eq!(padded == k_total, garbage == matrix);
-            assert_eq!(
-                bits(&garbage.decode().unwrap()),
-                bits(&matrix.decode().unwrap())
-            );
+            assert_eq!(bits(&garbage.decode().unwrap()), bits(&matrix.decode().unwrap()));
             assert_eq!(common::codes(&garbage), common::codes(&matrix));
         }
     }
@@ -167,9 +144,7 @@ fn the_last_group_uses_its_own_elements_only() {
         weights.extend([0.25, -0.5, 0.125]);
         let matrix = encode_column(format, group_size, &weights);
         assert_eq!(matrix.scales.len(), 2);
-        let alone = format
-            .fit(&[0.25, -0.5, 0.125], matrix.tensor_scale)
-            .unwrap();
+        let alone = format.fit(&[0.25, -0.5, 0.125], matrix.tensor_scale).unwrap();
         assert_eq!(matrix.group(0, 1).unwrap(), alone);
     }
 }
@@ -201,16 +176,9 @@ fn all_zero_groups() {
         assert_eq!(matrix.scales, [0], "{format}");
         assert!(matrix.zeros.iter().all(|&z| z == 0), "{format}");
         assert_eq!(common::codes(&matrix), [zero_code(format); 5], "{format}");
-        assert!(
-            matrix.decode().unwrap().iter().all(|&w| w == 0.0),
-            "{format}"
-        );
+        assert!(matrix.decode().unwrap().iter().all(|&w| w == 0.0), "{format}");
         // A weight that a later update made nonzero still has no other code to go to.
-        assert_eq!(
-            format.code(3.0, &Group::ZERO),
-            zero_code(format),
-            "{format}"
-        );
+        assert_eq!(format.code(3.0, &Group::ZERO), zero_code(format), "{format}");
     }
 }
 
@@ -218,26 +186,12 @@ fn all_zero_groups() {
 fn readers_accept_any_scale_on_a_zero_group() {
     for format in Format::ALL {
         let scheme = scheme(format);
-        let codes = vec![
-            if format.has_zeros() {
-                5
-            } else {
-                zero_code(format)
-            };
-            8
-        ];
+        let codes = vec![if format.has_zeros() { 5 } else { zero_code(format) }; 8];
         let scale = tensor_scale(format);
         let group = half_group(format);
         let matrix = QuantizedMatrix::from_codes(scheme, 8, 1, &codes, &[group], scale).unwrap();
-        let symmetric_without_zero = matches!(
-            format,
-            Format::Int3 | Format::Int2 | Format::Nf3 | Format::Nf2
-        );
-        assert_eq!(
-            matrix.decode().unwrap() == [0.0; 8],
-            !symmetric_without_zero,
-            "{format}"
-        );
+        let symmetric_without_zero = matches!(format, Format::Int3 | Format::Int2 | Format::Nf3 | Format::Nf2);
+        assert_eq!(matrix.decode().unwrap() == [0.0; 8], !symmetric_without_zero, "{format}");
     }
 }
 
@@ -258,9 +212,7 @@ fn negative_zero_next_to_other_weights() {
 
 /// Formats whose scale is an f16.
 fn f16_formats() -> impl Iterator<Item = Format> {
-    Format::ALL
-        .into_iter()
-        .filter(|format| !matches!(format, Format::Nvfp4 | Format::Mxfp4))
+    Format::ALL.into_iter().filter(|format| !matches!(format, Format::Nvfp4 | Format::Mxfp4))
 }
 
 #[test]
@@ -268,11 +220,7 @@ fn underflowing_scales_become_the_smallest_f16() {
     for format in f16_formats() {
         for amax in [1e-9f32, 1e-40, f32::from_bits(1)] {
             let group = format.fit(&[amax, -amax / 2.0], None).unwrap();
-            assert_eq!(
-                (group.scale_bits, group.scale),
-                (1, 2f32.powi(-24)),
-                "{format} {amax}"
-            );
+            assert_eq!((group.scale_bits, group.scale), (1, 2f32.powi(-24)), "{format} {amax}");
         }
         let matrix = encode_column(format, scheme(format).group_size, &[1e-9, 0.0]);
         assert_eq!(matrix.scales, [1]);
@@ -327,10 +275,7 @@ fn overflowing_scales_are_refused_with_their_group() {
         let largest = format.fit(&[65519.0 * levels], None).unwrap();
         assert_eq!(largest.scale, 65504.0, "{format}");
         let overflow = format.fit(&[0.0, 65521.0 * levels], None);
-        assert!(
-            matches!(overflow, Err(FormatError::ScaleOverflow { .. })),
-            "{format}"
-        );
+        assert!(matches!(overflow, Err(FormatError::ScaleOverflow { .. })), "{format}");
 
         let scheme = scheme(format);
         let k = scheme.group_size + 1;
@@ -338,10 +283,7 @@ fn overflowing_scales_are_refused_with_their_group() {
         weights[2 * k - 1] = 65521.0 * levels;
         match QuantizedMatrix::encode(scheme, &weights, 2, k) {
             Err(FormatError::InGroup { n: 1, g: 1, source }) => {
-                assert!(
-                    matches!(*source, FormatError::ScaleOverflow { .. }),
-                    "{format}"
-                );
+                assert!(matches!(*source, FormatError::ScaleOverflow { .. }), "{format}");
             }
             other => panic!("{format}: {other:?}"),
         }
@@ -364,17 +306,11 @@ fn non_finite_weights_are_refused_with_their_index() {
                 other => panic!("{format}: {other:?}"),
             }
             let fit = format.fit(&[1.0, bad], tensor_scale(format));
-            assert!(
-                matches!(fit, Err(FormatError::NonFinite { index: 1, .. })),
-                "{format}"
-            );
+            assert!(matches!(fit, Err(FormatError::NonFinite { index: 1, .. })), "{format}");
         }
     }
     let error = QuantizedMatrix::encode(scheme(Format::Nf4), &[0.0, f32::NAN], 1, 2).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "weight[0, 1] is NaN; weights must be finite"
-    );
+    assert_eq!(error.to_string(), "weight[0, 1] is NaN; weights must be finite");
 }
 
 #[test]
@@ -393,10 +329,7 @@ fn invalid_scales_are_refused_wherever_they_are_read() {
             // Group 1 of output feature 2.
             bad.scales[3 + 2] = scale_bits;
             let kind = format.scale_kind().name();
-            let source = Box::new(FormatError::InvalidScale {
-                bits: scale_bits,
-                kind,
-            });
+            let source = Box::new(FormatError::InvalidScale { bits: scale_bits, kind });
             let error = Err(FormatError::InGroup { n: 2, g: 1, source });
             assert_eq!(bad.validate(), error, "{format}");
             assert_eq!(bad.decode().map(drop), error);
@@ -413,10 +346,7 @@ fn invalid_zeros_are_refused() {
         let mut matrix = encode_column(format, 8, &[0.5, -0.5]);
         matrix.zeros[0] = 0x7C00;
         let source = Box::new(FormatError::InvalidZero { bits: 0x7C00 });
-        assert_eq!(
-            matrix.validate(),
-            Err(FormatError::InGroup { n: 0, g: 0, source })
-        );
+        assert_eq!(matrix.validate(), Err(FormatError::InGroup { n: 0, g: 0, source }));
     }
 }
 
@@ -424,20 +354,9 @@ fn invalid_zeros_are_refused() {
 fn wrong_lengths_shapes_and_indices_are_refused() {
     let scheme = scheme(Format::Int4U4);
     let good = QuantizedMatrix::encode(scheme, &[0.5; 80], 2, 40).unwrap();
-    let length = |what, expected, found| {
-        Err(FormatError::Length {
-            what,
-            expected,
-            found,
-        })
-    };
+    let length = |what, expected, found| Err(FormatError::Length { what, expected, found });
     for (change, what, expected, found) in [
-        (
-            (|m| m.codes.push(0)) as fn(&mut QuantizedMatrix),
-            "codes",
-            10,
-            11,
-        ),
+        ((|m| m.codes.push(0)) as fn(&mut QuantizedMatrix), "codes", 10, 11),
         (|m| m.scales.truncate(3), "scales", 4, 3),
         (|m| m.zeros.clear(), "zeros", 4, 0),
     ] {
@@ -445,33 +364,21 @@ fn wrong_lengths_shapes_and_indices_are_refused() {
         change(&mut bad);
         assert_eq!(bad.validate(), length(what, expected, found));
         assert_eq!(bad.decode().map(drop), length(what, expected, found));
-        assert_eq!(
-            bad.decode_row(0, &mut [0.0; 40]),
-            length(what, expected, found)
-        );
+        assert_eq!(bad.decode_row(0, &mut [0.0; 40]), length(what, expected, found));
         assert_eq!(bad.group(0, 0).map(drop), length(what, expected, found));
     }
     let mut bad = good.clone();
     bad.scheme.group_size = 12;
     assert!(matches!(bad.validate(), Err(FormatError::GroupSize { .. })));
 
-    assert_eq!(
-        QuantizedMatrix::encode(scheme, &[0.5; 79], 2, 40).map(drop),
-        length("weight", 80, 79)
-    );
+    assert_eq!(QuantizedMatrix::encode(scheme, &[0.5; 79], 2, 40).map(drop), length("weight", 80, 79));
     assert_eq!(good.decode_row(0, &mut [0.0; 39]), length("out", 40, 39));
     let index = |what, index, count| Err(FormatError::Index { what, index, count });
-    assert_eq!(
-        good.decode_row(2, &mut [0.0; 40]),
-        index("out_features", 2, 2)
-    );
+    assert_eq!(good.decode_row(2, &mut [0.0; 40]), index("out_features", 2, 2));
     assert_eq!(good.group(2, 0).map(drop), index("out_features", 2, 2));
     assert_eq!(good.group(0, 2).map(drop), index("groups", 2, 2));
     for (n, k) in [(0, 4), (4, 0), (usize::MAX, 4), (usize::MAX, usize::MAX)] {
-        let error = FormatError::Shape {
-            out_features: n,
-            in_features: k,
-        };
+        let error = FormatError::Shape { out_features: n, in_features: k };
         assert_eq!(QuantizedMatrix::encode(scheme, &[], n, k), Err(error));
     }
 }
@@ -486,41 +393,13 @@ fn from_codes_refuses_what_it_cannot_store() {
     assert_eq!(build(&[0; 6], &[group; 2], None), Ok(()));
     assert_eq!(
         build(&[0, 0, 0, 0, 0, 8], &[group; 2], None),
-        Err(FormatError::CodeOutOfRange {
-            n: 1,
-            k: 2,
-            code: 8,
-            bits: 3
-        })
+        Err(FormatError::CodeOutOfRange { n: 1, k: 2, code: 8, bits: 3 })
     );
-    assert_eq!(
-        build(&[0; 5], &[group; 2], None),
-        Err(FormatError::Length {
-            what: "codes",
-            expected: 6,
-            found: 5
-        })
-    );
-    assert_eq!(
-        build(&[0; 6], &[group], None),
-        Err(FormatError::Length {
-            what: "groups",
-            expected: 2,
-            found: 1
-        })
-    );
-    assert!(matches!(
-        build(&[0; 6], &[group; 2], Some(1.0)),
-        Err(FormatError::UnexpectedTensorScale { .. })
-    ));
-    let infinite = Group {
-        scale_bits: 0x7C00,
-        ..group
-    };
-    assert!(matches!(
-        build(&[0; 6], &[group, infinite], None),
-        Err(FormatError::InGroup { n: 1, g: 0, .. })
-    ));
+    assert_eq!(build(&[0; 5], &[group; 2], None), Err(FormatError::Length { what: "codes", expected: 6, found: 5 }));
+    assert_eq!(build(&[0; 6], &[group], None), Err(FormatError::Length { what: "groups", expected: 2, found: 1 }));
+    assert!(matches!(build(&[0; 6], &[group; 2], Some(1.0)), Err(FormatError::UnexpectedTensorScale { .. })));
+    let infinite = Group { scale_bits: 0x7C00, ..group };
+    assert!(matches!(build(&[0; 6], &[group, infinite], None), Err(FormatError::InGroup { n: 1, g: 0, .. })));
     let missing = QuantizedMatrix::from_codes(
         Scheme::with_default_group(Format::Nvfp4),
         3,
@@ -529,12 +408,7 @@ fn from_codes_refuses_what_it_cannot_store() {
         &[half_group(Format::Nvfp4)],
         None,
     );
-    assert_eq!(
-        missing,
-        Err(FormatError::MissingTensorScale {
-            format: Format::Nvfp4
-        })
-    );
+    assert_eq!(missing, Err(FormatError::MissingTensorScale { format: Format::Nvfp4 }));
 }
 
 #[test]

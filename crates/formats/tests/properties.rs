@@ -25,14 +25,10 @@ fn weights(count: usize) -> impl Strategy<Value = Vec<f32>> {
         1 => Just(0.0f32),
         1 => Just(-0.0f32),
     ];
-    (
-        prop::collection::vec(weight, count),
-        prop_oneof![Just(1f32), 4f32..500.0],
-    )
-        .prop_map(|(mut weights, gain)| {
-            weights.iter_mut().for_each(|w| *w *= gain);
-            weights
-        })
+    (prop::collection::vec(weight, count), prop_oneof![Just(1f32), 4f32..500.0]).prop_map(|(mut weights, gain)| {
+        weights.iter_mut().for_each(|w| *w *= gain);
+        weights
+    })
 }
 
 fn any_matrix() -> impl Strategy<Value = (Scheme, usize, usize, Vec<f32>)> {
@@ -45,10 +41,7 @@ fn levels(format: Format) -> Vec<f32> {
     let grid = |from: i32, to: i32, shift: f32| (from..=to).map(|q| q as f32 + shift).collect();
     let signed = |positive: Vec<f32>| {
         let negative = positive.iter().rev().map(|v| -v);
-        negative
-            .chain([0.0])
-            .chain(positive.iter().copied())
-            .collect()
+        negative.chain([0.0]).chain(positive.iter().copied()).collect()
     };
     let float = |mantissa: u32, bias: i32, count: u32| {
         let steps = 1u32 << mantissa;
@@ -113,11 +106,7 @@ fn clip_allowance(format: Format) -> f32 {
 fn extent(format: Format, group: &[f32]) -> f32 {
     let max = group.iter().fold(0f32, |a, &w| a.max(w));
     let min = group.iter().fold(0f32, |a, &w| a.min(w));
-    if format.has_zeros() {
-        max - min
-    } else {
-        max.max(-min)
-    }
+    if format.has_zeros() { max - min } else { max.max(-min) }
 }
 
 proptest! {

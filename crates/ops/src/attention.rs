@@ -302,7 +302,9 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
         check::dims(OP, "sinks", sinks, &[q_heads])?;
         check::float(OP, "sinks", sinks)?;
     }
-    check_kv_len(OP, args.kv_len, batch, queries, capacity, args.causal)?;
+    // Positions are counted back from the last key: with a window, a query before key 0 has no meaning.
+    let positioned = args.causal || args.window != Window::None;
+    check_kv_len(OP, args.kv_len, batch, queries, capacity, positioned)?;
     if let Some(mask) = args.mask {
         check::dtype(OP, "mask", mask, marlin_formats::DType::F32)?;
         let keys = args.kv_len.iter().copied().max().unwrap_or(0);
@@ -318,20 +320,21 @@ fn check_attention<D: Device>(args: &AttentionArgs<'_, D>) -> Result<()> {
     Ok(())
 }
 
-/// Each sequence has at least one key, at most `capacity`, and (when causal) at least as many keys as queries.
+/// Each sequence has at least one key, at most `capacity`, and (when queries have positions) at least as many keys as
+/// queries.
 fn check_kv_len(
     operation: &'static str,
     kv_len: &[usize],
     batch: usize,
     queries: usize,
     capacity: usize,
-    causal: bool,
+    positioned: bool,
 ) -> Result<()> {
     if kv_len.len() != batch {
         return Err(OpError::shape(operation, "kv_len", &[kv_len.len()], format!("[{batch}]")));
     }
     for (b, &len) in kv_len.iter().enumerate() {
-        let least = if causal { queries.max(1) } else { 1 };
+        let least = if positioned { queries.max(1) } else { 1 };
         if len < least || len > capacity {
             let reason = format!("[{b}] is {len}, must be in {least}..={capacity}");
             return Err(OpError::value(operation, "kv_len", reason));

@@ -24,7 +24,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Copies a host tensor (F32, F16, BF16, U32 or I32) to the device, dtype kept.
     fn upload(&self, host: &HostTensor) -> Result<Tensor<Self>>;
 
-    /// Replaces the contents of a U32 tensor; `dims` must fit its capacity (token ids, positions).
+    /// Replaces the contents of a U32 tensor within its planned capacity (token ids, positions); it becomes
+    /// `[values.len()]` unless it has that many elements already.
     fn write_u32(&self, values: &[u32], out: &mut Tensor<Self>) -> Result<()>;
 
     /// Copies `count` rows (all dimensions but the last flattened) of `source`, from `first`, to the start of `out`.

@@ -60,8 +60,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         }
         Ok(())
     };
-    let generation =
-        session.generate(&ids, &sampler, |id| emit(&decoder.push(id)?))?;
+    let generation = session.generate(&ids, &sampler, |id| emit(&decoder.push(id)?))?;
     emit(&decoder.finish()?)?;
 
     let prefill = tokens_per_second(generation.prefill_tokens, generation.prefill_time);

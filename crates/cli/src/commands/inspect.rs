@@ -184,7 +184,14 @@ fn print_text(inspection: &Inspection) -> Result<()> {
         inspection.bits_per_weight,
         inspection.kv_cache_bytes_per_token as f64 / 1e3
     );
-    print_line!("\n{:<24} {:>8} {:>12} {:>12} {:>16}", "format", "modules", "weights (M)", "size (MB)", "bits per weight");
+    print_line!(
+        "\n{:<24} {:>8} {:>12} {:>12} {:>16}",
+        "format",
+        "modules",
+        "weights (M)",
+        "size (MB)",
+        "bits per weight"
+    );
     for (name, format) in &inspection.formats {
         print_line!(
             "{name:<24} {:>8} {:>12.2} {:>12.2} {:>16.3}",

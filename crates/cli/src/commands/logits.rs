@@ -42,8 +42,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     }
     let logits = session.all_logits(&args.tokens)?;
     let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let view =
-        TensorView::new(safetensors::Dtype::F32, vec![args.tokens.len(), vocab], &bytes)?;
+    let view = TensorView::new(safetensors::Dtype::F32, vec![args.tokens.len(), vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None)?;
     std::fs::write(&args.output, file).with_context(|| format!("{}", args.output.display()))
 }

@@ -42,21 +42,16 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     if args.context < 2 {
         bail!("--context {} leaves nothing to score: use at least 2", args.context);
     }
-    let text = std::fs::read_to_string(&args.text)
-        .with_context(|| format!("{}", args.text.display()))?;
+    let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
     let backend = device::open(&args.device)?;
     let dir = bundled::model_dir(args.model.as_deref())?;
     let ids = Tokenizer::from_dir(&dir)?.encode(&text, false)?;
     if ids.len() < 2 {
         bail!("{}: {} tokens, at least 2 are needed", args.text.display(), ids.len());
     }
-    let mut session =
-        Session::open_with(backend, &dir, Some(args.context), DType::from(args.kv))?;
-    let windows: Vec<&[u32]> = ids
-        .chunks(args.context)
-        .filter(|window| window.len() > 1)
-        .take(args.windows.unwrap_or(usize::MAX))
-        .collect();
+    let mut session = Session::open_with(backend, &dir, Some(args.context), DType::from(args.kv))?;
+    let windows: Vec<&[u32]> =
+        ids.chunks(args.context).filter(|window| window.len() > 1).take(args.windows.unwrap_or(usize::MAX)).collect();
     let progress = super::progress_bar(windows.len() as u64, "windows");
     let (mut total, mut scored) = (0.0f64, 0usize);
     for window in windows {

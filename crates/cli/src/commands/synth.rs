@@ -95,12 +95,7 @@ pub fn run(args: SynthArgs) -> Result<()> {
         progress.set_position(done as u64);
     })?;
     progress.finish_and_clear();
-    print_line!(
-        "{}: {} tensors, {:.1} MB",
-        args.out.display(),
-        summary.tensors,
-        summary.bytes as f64 / 1e6
-    );
+    print_line!("{}: {} tensors, {:.1} MB", args.out.display(), summary.tensors, summary.bytes as f64 / 1e6);
     Ok(())
 }
 

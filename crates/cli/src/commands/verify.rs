@@ -37,8 +37,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut device = String::new();
     for exact in [true, false] {
-        let backend: Arc<Cpu> =
-            device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })?;
+        let backend: Arc<Cpu> = device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })?;
         let options = VerifyOptions {
             families: args.family.map(|family| vec![family]),
             int8_activations: !exact,
@@ -46,10 +45,12 @@ pub fn run(args: VerifyArgs) -> Result<()> {
         };
         let report = marlin_conformance::verify(&*backend, &options);
         let mode = if exact { "exact" } else { "default" };
-        results.extend(report.results.into_iter().map(|result| CaseResult {
-            configuration: format!("{mode} mode, {}", result.configuration),
-            ..result
-        }));
+        results.extend(
+            report
+                .results
+                .into_iter()
+                .map(|result| CaseResult { configuration: format!("{mode} mode, {}", result.configuration), ..result }),
+        );
         device = report.device;
     }
     if let Some(name) = &args.kernel {

@@ -19,11 +19,7 @@ pub fn codes(matrix: &QuantizedMatrix) -> Vec<u8> {
 
 /// The bytes of the packed words in memory order.
 pub fn bytes(matrix: &QuantizedMatrix) -> Vec<u8> {
-    matrix
-        .codes
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
+    matrix.codes.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
 /// The bit patterns of values rounded to f16.
@@ -38,10 +34,5 @@ pub fn bits(values: &[f32]) -> Vec<u32> {
 
 /// A group with an arbitrary f32 multiplier, for external scale conventions.
 pub fn group_with_scale(scale: f32) -> Group {
-    Group {
-        scale_bits: 0,
-        zero_bits: 0,
-        scale,
-        zero: 0.0,
-    }
+    Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0 }
 }
