@@ -27,6 +27,8 @@ enum Logits {
     AllLow,
     /// As normal, one NaN.
     OneNan,
+    /// All -inf.
+    AllHidden,
 }
 
 /// The selection bias.
@@ -106,6 +108,7 @@ impl RouteCase {
             Logits::AllEqual => 0.5,
             Logits::Huge => 1e4f32.copysign(random.normal()),
             Logits::AllLow => -1e4,
+            Logits::AllHidden => f32::NEG_INFINITY,
             Logits::Normal(_) | Logits::OneNan => random.normal(),
         }
     }
@@ -529,6 +532,10 @@ fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {
     }
     let case = RouteCase { logits: Logits::OneNan, ..route(SIGMOID) };
     runner.refuse("NaN logit", &case, value("logits"));
+    for routing in [SOFTMAX, SELECTED] {
+        let case = RouteCase { logits: Logits::AllHidden, ..route(routing) };
+        runner.refuse("all logits -inf", &case, value("logits"));
+    }
     for (what, spread) in [("expert twice", Spread::Duplicate), ("expert E", Spread::Beyond)] {
         let case = GroupCase { tokens: 3, top_k: 2, experts: 8, spread };
         runner.refuse(what, &case, value("ids"));

@@ -8,7 +8,7 @@ use std::ops::Range;
 use marlin_ops::linear::Activation;
 use marlin_ops::moe::{
     CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, RouteArgs, Routing, Scoring, duplicate_expert_error,
-    expert_id_error, inverse_index_error, nan_logit_error,
+    expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
 };
 use marlin_ops::{MoeOps, Result};
 
@@ -65,7 +65,8 @@ fn group_score(group: &[f64], rule: GroupScore) -> f64 {
     }
 }
 
-/// Chooses the experts of one token; `work` has been sized for the layer.
+/// Chooses the experts of one token; `work` has been sized for the layer. None if too few have a selection score above
+/// -inf.
 fn route_token(
     logits: &[f32],
     bias: Option<&[f32]>,
@@ -73,7 +74,7 @@ fn route_token(
     work: &mut Scores<'_>,
     ids: &mut [u32],
     weights: &mut [f32],
-) {
+) -> Option<()> {
     for (score, &z) in work.scores.iter_mut().zip(logits) {
         *score = match routing.scoring {
             Scoring::Sigmoid => 1.0 / (1.0 + (-f64::from(z)).exp()),
@@ -98,11 +99,13 @@ fn route_token(
     };
     for s in 0..ids.len() {
         let taken = &ids[..s];
-        let free = |e: usize| !taken.contains(&(e as u32)) && kept_groups(e / group_size);
-        // The rule leaves at least top_k experts to choose from.
-        ids[s] = largest(work.selection, free).unwrap_or_default() as u32;
+        let free = |e: usize| {
+            work.selection[e] > f64::NEG_INFINITY && !taken.contains(&(e as u32)) && kept_groups(e / group_size)
+        };
+        ids[s] = largest(work.selection, free)? as u32;
     }
     store_weights(ids, routing, work, weights);
+    Some(())
 }
 
 /// Weights of the chosen experts, from their scores alone.
@@ -368,8 +371,8 @@ impl MoeOps for Cpu {
         let mut work = Scores { scores, selection, group_scores };
         let tokens = logits.chunks_exact(experts);
         let outputs = ids.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
-        for (logits, (ids, weights)) in tokens.zip(outputs) {
-            route_token(logits, bias, routing, &mut work, ids, weights);
+        for (t, (logits, (ids, weights))) in tokens.zip(outputs).enumerate() {
+            route_token(logits, bias, routing, &mut work, ids, weights).ok_or_else(|| no_expert_error(t))?;
         }
         Ok(())
     }

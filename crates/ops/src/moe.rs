@@ -75,7 +75,7 @@ pub struct GroupArgs<'a, D: Device> {
     pub inverse: &'a mut Tensor<D>,
 }
 
-/// `out[t] = residual[t] + sum_s weights[t,s] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e`, e = ids[t,s], ascending s.
+/// `out[t] = residual[t] + sum_s weights[t,s] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e`, `e = ids[t,s]`, ascending s.
 pub struct ExpertMlpArgs<'a, D: Device> {
     /// `[T, hidden]`.
     pub x: &'a Tensor<D>,
@@ -110,7 +110,7 @@ pub struct CombineArgs<'a, D: Device> {
 /// The mixture-of-experts family.
 pub trait MoeOps: Device {
     /// Body of [`MoeOps::moe_route`]; shapes and the rule are checked. NaN logits are the backend's error
-    /// ([`nan_logit_error`]).
+    /// ([`nan_logit_error`]), and so are tokens without enough experts to choose from ([`no_expert_error`]).
     fn run_moe_route(&self, args: RouteArgs<'_, Self>) -> Result<()>;
 
     /// Body of [`MoeOps::moe_group`]; shapes are checked. An id >= E or twice in one token is the backend's error
@@ -236,6 +236,11 @@ fn check_routing(operation: &'static str, routing: &Routing, experts: usize) -> 
 /// The error of a NaN router logit.
 pub fn nan_logit_error(token: usize, expert: usize) -> OpError {
     OpError::value("moe_route", "logits", format!("[{token}, {expert}] is NaN"))
+}
+
+/// The error of a token whose logits leave fewer than `top_k` experts with a selection score above -inf.
+pub fn no_expert_error(token: usize) -> OpError {
+    OpError::value("moe_route", "logits", format!("row {token} leaves too few experts: the others are -inf"))
 }
 
 /// The error of an expert id outside the layer.

@@ -7,7 +7,7 @@ use super::special::{activate, sigmoid};
 use super::{Oracle, floats, store, store_words, words};
 use crate::moe::{
     CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, MoeOps, RouteArgs, Routing, Scoring, duplicate_expert_error,
-    expert_id_error, inverse_index_error, nan_logit_error,
+    expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
 };
 use crate::{Result, Tensor};
 
@@ -20,6 +20,8 @@ pub struct Choice {
     pub weights: Vec<f64>,
     /// Smallest difference that any comparison behind the choice hinged on; 0 for an exact tie.
     pub margin: f64,
+    /// Every chosen expert's selection score is above -inf.
+    pub admissible: bool,
 }
 
 /// Indices of `scores` in descending order, ties in ascending index.
@@ -88,7 +90,8 @@ pub fn choose_experts(logits: &[f64], bias: Option<&[f64]>, routing: &Routing) -
         weights.iter_mut().for_each(|w| *w /= sum);
     }
     weights.iter_mut().for_each(|w| *w *= f64::from(routing.routed_scaling_factor));
-    Choice { margin: margin(&selection, &order, routing.top_k).min(group_margin), ids, weights }
+    let admissible = ids.iter().all(|&e| selection[e] > f64::NEG_INFINITY);
+    Choice { admissible, margin: margin(&selection, &order, routing.top_k).min(group_margin), ids, weights }
 }
 
 /// Every id is an expert of the layer, none twice in one token.
@@ -115,6 +118,9 @@ impl MoeOps for Oracle {
                 return Err(nan_logit_error(t, e));
             }
             let choice = choose_experts(logits, args.bias.map(floats), &args.routing);
+            if !choice.admissible {
+                return Err(no_expert_error(t));
+            }
             ids.extend(choice.ids.iter().map(|&e| e as u32));
             weights.extend(choice.weights);
         }
