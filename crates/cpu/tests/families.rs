@@ -185,7 +185,14 @@ fn attention() {
         Attend { queries: 1, dtype: DType::BF16, ..ATTEND },
         Attend { queries: 130, kv_len: [150, 140], dtype: DType::F16, ..ATTEND },
         Attend { window: Window::Left(5), sinks: true, ..ATTEND },
-        Attend { causal: false, queries: 9, window: Window::Symmetric { left: 2, right: 1 }, ..ATTEND },
+        Attend { causal: false, queries: 9, ..ATTEND },
+        Attend {
+            causal: false,
+            queries: 9,
+            kv_len: [150, 9],
+            window: Window::Symmetric { left: 2, right: 1 },
+            ..ATTEND
+        },
         Attend { mask: true, softcap: Some(2.0), ..ATTEND },
         Attend { heads: 70, kv_heads: 1, queries: 2, head_dim: 16, ..ATTEND },
         Attend { head_dim: 128, queries: 20, kv_len: [21, 20], mask: true, sinks: true, ..ATTEND },

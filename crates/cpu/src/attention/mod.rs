@@ -17,21 +17,6 @@ use crate::buffer::{Floats, FloatsMut, f32s, f32s_mut, optional_f32s};
 /// Rows (queries times heads of a group) of one task.
 const ROW_BLOCK: usize = 32;
 
-/// Visible keys of the query at position `p`, which is negative when a sequence has more queries than keys (only
-/// possible without causality).
-fn key_range(p: i64, kv_len: usize, causal: bool, window: Window) -> (usize, usize) {
-    if let Ok(p) = usize::try_from(p) {
-        return visible_keys(p, kv_len, causal, window);
-    }
-    let last = match window {
-        Window::None => kv_len as i64 - 1,
-        Window::Left(_) => -1,
-        Window::Symmetric { right, .. } => p.saturating_add_unsigned(right as u64),
-    };
-    let end = if causal { 0 } else { (last + 1).clamp(0, kv_len as i64) };
-    (0, end as usize)
-}
-
 /// The lowest row that saw no key.
 struct EmptyRows(AtomicUsize);
 
@@ -95,8 +80,9 @@ impl<'a> Attention<'a> {
     /// Query `i` of head `h` in sequence `b`.
     fn query(&self, b: usize, h: usize, i: usize) -> Query<'a> {
         let kv_len = self.kv_len[b];
-        let p = (i + kv_len) as i64 - self.queries as i64;
-        let (first, end) = key_range(p, kv_len, self.causal, self.window);
+        // Fewer keys than queries only where positions do not matter: no causality, no window.
+        let p = (i + kv_len).saturating_sub(self.queries);
+        let (first, end) = visible_keys(p, kv_len, self.causal, self.window);
         let mask = self.mask.map(|(mask, [batch, heads, queries, keys])| {
             let b = if batch == 1 { 0 } else { b };
             let h = if heads == 1 { 0 } else { h };
@@ -244,22 +230,5 @@ impl AttentionOps for Cpu {
 
     fn run_mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
         mla::Mla::new("mla_decode", self, args)?.decode()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn queries_before_the_first_key() {
-        assert_eq!(key_range(-2, 5, false, Window::None), (0, 5));
-        assert_eq!(key_range(-2, 5, true, Window::None), (0, 0));
-        assert_eq!(key_range(-2, 5, false, Window::Left(3)), (0, 0));
-        let window = |right| Window::Symmetric { left: 1, right };
-        assert_eq!(key_range(-2, 5, false, window(1)), (0, 0));
-        assert_eq!(key_range(-2, 5, false, window(2)), (0, 1));
-        assert_eq!(key_range(-2, 5, false, window(9)), (0, 5));
-        assert_eq!(key_range(3, 5, true, Window::None), (0, 4));
     }
 }
