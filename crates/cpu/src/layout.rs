@@ -119,6 +119,14 @@ impl PackedWeight {
         self.out_features.div_ceil(LANES)
     }
 
+    /// Whether tiles of both can be computed together: quantized in the same way.
+    pub(crate) fn pairs_with(&self, other: &Self) -> bool {
+        match (&self.values, &other.values) {
+            (Values::Quantized(a), Values::Quantized(b)) => a.scheme == b.scheme && a.code_rows == b.code_rows,
+            _ => false,
+        }
+    }
+
     /// Bytes held by the repacked values and the bias.
     pub fn size_in_bytes(&self) -> usize {
         let values = match &self.values {

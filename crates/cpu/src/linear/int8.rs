@@ -24,33 +24,74 @@ use super::decode::{load_scale, load_zero};
 /// Vectors of codes in a block.
 const VECTORS: usize = ACTIVATION_BLOCK / 4;
 
-/// 32 activations of one row as int8, in the order of a weight layout.
+/// 32 activations of one row as int8, in the order of a weight layout; one cache line.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(align(64))]
 pub(crate) struct ActivationBlock {
     /// Four codes each, first in the lowest byte.
     codes: [i32; VECTORS],
-    /// Sums of the codes of the first and second half.
-    half_sums: [f32; 2],
-    /// Sum of all codes.
+    /// `-offset sum` for the two constant offsets that formats of this order have: what their dot products start from.
+    starts: [i32; 2],
+    /// The same of both halves for NVFP4.
+    half_starts: [i32; 2],
+    /// Sum of all codes, for offsets that are zero points.
     sum: f32,
     /// Multiplier of the codes.
     scale: f32,
 }
 
-/// How codes become unsigned bytes.
+/// The constant offsets of the formats of an order, as [`ActivationBlock::starts`] has them.
+const fn constant_offsets(order: CodeOrder) -> [i32; 2] {
+    match order {
+        CodeOrder::Nibbles => [8, 12],
+        CodeOrder::Bytes => [128, 0],
+        CodeOrder::Pairs => [7, 3],
+    }
+}
+
+/// How codes become unsigned bytes, and what is subtracted from them.
 mod kind {
-    /// Nibbles as they are.
-    pub const NIBBLES: u8 = 0;
-    /// E2M1 nibbles to `2 value + 12`.
-    pub const FP4: u8 = 1;
-    /// Bytes as they are.
-    pub const BYTES: u8 = 2;
-    /// Two's complement bytes + 128.
-    pub const SIGNED_BYTES: u8 = 3;
-    /// 2-bit codes, doubled.
-    pub const INT2: u8 = 4;
-    /// 3-bit codes, doubled.
-    pub const INT3: u8 = 5;
+    /// Nibbles as they are, offset 8.
+    pub const INT4: u8 = 0;
+    /// Nibbles as they are, zero points.
+    pub const INT4_ZEROS: u8 = 1;
+    /// E2M1 nibbles to `2 value + 12`, offset 12.
+    pub const FP4: u8 = 2;
+    /// [`FP4`] with two groups of 16 per block.
+    pub const FP4_HALVES: u8 = 3;
+    /// Two's complement bytes + 128, offset 128.
+    pub const INT8: u8 = 4;
+    /// Bytes as they are, zero points.
+    pub const INT8_ZEROS: u8 = 5;
+    /// 3-bit codes, doubled, offset 7.
+    pub const INT3: u8 = 6;
+    /// 2-bit codes, doubled, offset 3.
+    pub const INT2: u8 = 7;
+
+    /// Groups that share a block.
+    pub const fn halves(kind: u8) -> usize {
+        if kind == FP4_HALVES { 2 } else { 1 }
+    }
+
+    /// Whether offsets are the groups' zero points.
+    pub const fn has_zeros(kind: u8) -> bool {
+        matches!(kind, INT4_ZEROS | INT8_ZEROS)
+    }
+
+    /// Factor on the scales.
+    pub const fn factor(kind: u8) -> f32 {
+        if matches!(kind, FP4 | FP4_HALVES | INT3 | INT2) { 0.5 } else { 1.0 }
+    }
+
+    /// Lines of code words per block of 32.
+    pub const fn rows_per_block(kind: u8) -> usize {
+        match kind {
+            INT4 | INT4_ZEROS | FP4 | FP4_HALVES => 4,
+            INT8 | INT8_ZEROS => 8,
+            INT2 => 2,
+            _ => 3,
+        }
+    }
 }
 
 /// `2 value + 12` of each E2M1 code.
@@ -74,9 +115,9 @@ pub(crate) fn quantize_rows(x: &[f32], columns: usize, order: CodeOrder, out: &m
 fn quantize_block<const ORDER: usize>(values: &[f32]) -> ActivationBlock {
     let mut codes = [0i8; ACTIVATION_BLOCK];
     let scale = quantize_activation_block(values, &mut codes);
-    let half = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>() as f32;
-    let half_sums = [half(&codes[..16]), half(&codes[16..])];
-    let mut out = ActivationBlock { codes: [0; VECTORS], half_sums, sum: half_sums[0] + half_sums[1], scale };
+    let half = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>();
+    let halves = [half(&codes[..16]), half(&codes[16..])];
+    let mut out = block_of(CodeOrder::ALL[ORDER], halves, scale);
     for (v, word) in out.codes.iter_mut().enumerate() {
         let mut bytes = [0u8; 4];
         for (b, byte) in bytes.iter_mut().enumerate() {
@@ -87,43 +128,65 @@ fn quantize_block<const ORDER: usize>(values: &[f32]) -> ActivationBlock {
     out
 }
 
+/// A block without its codes, from the sums of both halves.
+#[inline(always)]
+fn block_of(order: CodeOrder, halves: [i32; 2], scale: f32) -> ActivationBlock {
+    let sum = halves[0] + halves[1];
+    ActivationBlock {
+        codes: [0; VECTORS],
+        starts: constant_offsets(order).map(|offset| -offset * sum),
+        half_starts: halves.map(|half| -12 * half),
+        sum: sum as f32,
+        scale,
+    }
+}
+
+/// Tiles that share broadcast activations.
+pub(crate) const PAIR: usize = 2;
+
 /// Scratch lines that [`multiply`] needs for several rows: codes and floats.
 pub(super) fn panel_lines(in_features: usize) -> (usize, usize) {
     let blocks = in_features.div_ceil(ACTIVATION_BLOCK);
-    (VECTORS * blocks, 4 * blocks)
+    (PAIR * VECTORS * blocks, PAIR * 4 * blocks)
 }
 
-/// `acc[r][lane] = sum_k x[r][k] w[k][lane]` for the rows of `x`. A row's result does not depend on the others.
+/// A tile of a quantized weight.
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'a> {
+    pub(super) weight: &'a Quantized,
+    pub(super) index: usize,
+}
+
+/// `acc[t][r][lane] = sum_k x[r][k] w_t[k][lane]` for the rows of `x` and one or two tiles of weights with the same
+/// format and size. A row's result does not depend on the other rows, a tile's not on the other tile.
 #[inline(always)]
 pub(super) fn multiply<S: Simd>(
     s: S,
-    q: &Quantized,
-    tile: usize,
+    tiles: &[Tile<'_>],
     x: Rows<'_, ActivationBlock>,
     codes: &mut [Line<u32>],
     floats: &mut [Line<f32>],
     acc: &mut [Line<f32>],
 ) {
-    let mut task = Task { s, q, tile, x, codes, floats, acc };
-    match q.scheme.format {
-        Format::Int4S4 => task.run::<{ kind::NIBBLES }, false, false>(8.0, 1.0),
-        Format::Int4U4 => task.run::<{ kind::NIBBLES }, true, false>(0.0, 1.0),
-        Format::Fp4E2m1 | Format::Mxfp4 => task.run::<{ kind::FP4 }, false, false>(12.0, 0.5),
-        Format::Nvfp4 => task.run::<{ kind::FP4 }, false, true>(12.0, 0.5),
-        Format::Int8 => task.run::<{ kind::SIGNED_BYTES }, false, false>(128.0, 1.0),
-        Format::Int8Asym => task.run::<{ kind::BYTES }, true, false>(0.0, 1.0),
-        Format::Int3 => task.run::<{ kind::INT3 }, false, false>(7.0, 0.5),
-        Format::Int2 => task.run::<{ kind::INT2 }, false, false>(3.0, 0.5),
+    let mut task = Task { s, tiles, x, codes, floats, acc };
+    match tiles[0].weight.scheme.format {
+        Format::Int4S4 => task.run::<{ kind::INT4 }>(),
+        Format::Int4U4 => task.run::<{ kind::INT4_ZEROS }>(),
+        Format::Fp4E2m1 | Format::Mxfp4 => task.run::<{ kind::FP4 }>(),
+        Format::Nvfp4 => task.run::<{ kind::FP4_HALVES }>(),
+        Format::Int8 => task.run::<{ kind::INT8 }>(),
+        Format::Int8Asym => task.run::<{ kind::INT8_ZEROS }>(),
+        Format::Int3 => task.run::<{ kind::INT3 }>(),
+        Format::Int2 => task.run::<{ kind::INT2 }>(),
         Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Nf4 | Format::Nf3 | Format::Nf2 => {
-            unreachable!("{} takes f32 activations", q.scheme.format)
+            unreachable!("{} takes f32 activations", tiles[0].weight.scheme.format)
         }
     }
 }
 
 struct Task<'a, S> {
     s: S,
-    q: &'a Quantized,
-    tile: usize,
+    tiles: &'a [Tile<'a>],
     x: Rows<'a, ActivationBlock>,
     codes: &'a mut [Line<u32>],
     floats: &'a mut [Line<f32>],
@@ -131,109 +194,172 @@ struct Task<'a, S> {
 }
 
 impl<S: Simd> Task<'_, S> {
-    /// `ZEROS`: offsets are the groups' zero points. `HALVES`: two groups of 16 per block (NVFP4).
     #[inline(always)]
-    fn run<const KIND: u8, const ZEROS: bool, const HALVES: bool>(&mut self, offset: f32, factor: f32) {
-        if let [acc] = &mut *self.acc {
-            let row = self.x.row(0);
-            *acc = one_row::<S, KIND, ZEROS, HALVES>(self.s, self.q, self.tile, row, offset, factor);
-            return;
-        }
-        self.decode::<KIND, ZEROS, HALVES>(offset, factor);
-        let mut r = 0;
-        if S::WIDE {
-            while r + 8 <= self.acc.len() {
-                self.rows::<8, KIND, HALVES>(r);
-                r += 8;
+    fn run<const KIND: u8>(&mut self) {
+        let rows = self.acc.len() / self.tiles.len();
+        if rows == 1 {
+            for (tile, acc) in self.tiles.iter().zip(&mut *self.acc) {
+                *acc = one_row::<S, KIND>(self.s, tile, self.x.row(0));
             }
-        }
-        while r + 2 <= self.acc.len() {
-            self.rows::<2, KIND, HALVES>(r);
-            r += 2;
-        }
-        if r < self.acc.len() {
-            self.rows::<1, KIND, HALVES>(r);
-        }
-    }
-
-    /// Unpacks the tile: codes to bytes, and per block the scales and offsets (of both halves with `HALVES`).
-    #[inline(always)]
-    fn decode<const KIND: u8, const ZEROS: bool, const HALVES: bool>(&mut self, offset: f32, factor: f32) {
-        let (s, q) = (self.s, self.q);
-        let words = q.tile_codes(self.tile);
-        let (codes, _) = self.codes.as_chunks_mut::<VECTORS>();
-        let (floats, _) = self.floats.as_chunks_mut::<4>();
-        let blocks = q.code_rows / rows_per_block::<KIND>();
-        let blocks = codes.iter_mut().zip(floats).take(blocks);
-        for (b, (codes, floats)) in blocks.enumerate() {
-            let bytes = block_bytes::<S, KIND>(s, words, b);
-            for (bytes, out) in bytes.into_iter().zip(codes) {
-                s.store_i(bytes, &mut out.0);
+        } else if S::WIDE && self.tiles.len() == PAIR {
+            self.decode::<PAIR, KIND>(0);
+            let mut r = 0;
+            while r + 6 <= rows {
+                self.rows::<6, PAIR, KIND>(0, r);
+                r += 6;
             }
-            for half in 0..1 + usize::from(HALVES) {
-                let line = self.tile * q.groups + group::<HALVES>(q, b, half);
-                let scale = s.mul(load_scale(s, &q.scales, line), s.splat(factor));
-                s.store(scale, &mut floats[2 * half].0);
-                let offset = offsets::<S, ZEROS>(s, q, line, offset);
-                s.store(offset, &mut floats[2 * half + 1].0);
+            if r + 4 <= rows {
+                self.rows::<4, PAIR, KIND>(0, r);
+                r += 4;
+            }
+            if r + 2 <= rows {
+                self.rows::<2, PAIR, KIND>(0, r);
+                r += 2;
+            }
+            if r < rows {
+                self.rows::<1, PAIR, KIND>(0, r);
+            }
+        } else {
+            for t in 0..self.tiles.len() {
+                self.decode::<1, KIND>(t);
+                let mut r = 0;
+                if S::WIDE {
+                    while r + 8 <= rows {
+                        self.rows::<8, 1, KIND>(t, r);
+                        r += 8;
+                    }
+                }
+                while r + 2 <= rows {
+                    self.rows::<2, 1, KIND>(t, r);
+                    r += 2;
+                }
+                if r < rows {
+                    self.rows::<1, 1, KIND>(t, r);
+                }
             }
         }
     }
 
-    /// Rows `r .. r + R` from the unpacked tile.
+    /// Unpacks `T` tiles from `first`: codes to bytes, and per block the scales and zero points (of both halves).
     #[inline(always)]
-    fn rows<const R: usize, const KIND: u8, const HALVES: bool>(&mut self, r: usize) {
+    fn decode<const T: usize, const KIND: u8>(&mut self, first: usize) {
         let s = self.s;
-        let blocks = self.q.code_rows / rows_per_block::<KIND>();
+        let factor = s.splat(kind::factor(KIND));
+        for (t, tile) in self.tiles[first..first + T].iter().enumerate() {
+            let q = tile.weight;
+            let words = q.tile_codes(tile.index);
+            let (codes, _) = self.codes.as_chunks_mut::<VECTORS>();
+            let (floats, _) = self.floats.as_chunks_mut::<4>();
+            let panel = codes.iter_mut().zip(floats).skip(t).step_by(T);
+            for (b, (codes, floats)) in panel.enumerate().take(q.code_rows / kind::rows_per_block(KIND)) {
+                let bytes = block_bytes::<S, KIND>(s, words, b);
+                for (bytes, out) in bytes.into_iter().zip(codes) {
+                    s.store_i(bytes, &mut out.0);
+                }
+                for half in 0..kind::halves(KIND) {
+                    let line = tile.index * q.groups + group::<KIND>(q, b, half);
+                    let scale = s.mul(load_scale(s, &q.scales, line), factor);
+                    s.store(scale, &mut floats[2 * half].0);
+                    if kind::has_zeros(KIND) {
+                        s.store(load_zero(s, &q.zeros, line), &mut floats[2 * half + 1].0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Rows `r .. r + R` from `T` unpacked tiles, the first of them `tile`.
+    #[inline(always)]
+    fn rows<const R: usize, const T: usize, const KIND: u8>(&mut self, tile: usize, r: usize) {
+        let s = self.s;
+        let blocks = self.tiles[tile].weight.code_rows / kind::rows_per_block(KIND);
         let mut rows: [&[ActivationBlock]; R] = [&[]; R];
         for (i, row) in rows.iter_mut().enumerate() {
             *row = &self.x.row(r + i)[..blocks];
         }
-        let mut acc = [s.splat(0.0); R];
-        let codes = &self.codes.as_chunks::<VECTORS>().0[..blocks];
-        let floats = &self.floats.as_chunks::<4>().0[..blocks];
+        let mut acc = [[s.splat(0.0); T]; R];
+        let codes = &self.codes.as_chunks::<VECTORS>().0.as_chunks::<T>().0[..blocks];
+        let floats = &self.floats.as_chunks::<4>().0.as_chunks::<T>().0[..blocks];
         for (b, (codes, floats)) in codes.iter().zip(floats).enumerate() {
-            let mut bytes = [s.splat_i(0); VECTORS];
-            for (bytes, line) in bytes.iter_mut().zip(codes) {
-                *bytes = s.load_i(&line.0);
-            }
-            let scales = [s.load(&floats[0].0), s.load(&floats[2].0)];
-            let offsets = [s.load(&floats[1].0), s.load(&floats[3].0)];
-            for (acc, row) in acc.iter_mut().zip(rows) {
-                *acc = add_block::<S, KIND, HALVES>(s, *acc, &bytes, scales, offsets, &row[b]);
+            for half in 0..kind::halves(KIND) {
+                let mut dots = [[s.splat_i(0); T]; R];
+                for (dots, row) in dots.iter_mut().zip(rows) {
+                    *dots = [s.splat_i(start::<KIND>(&row[b], half)); T];
+                }
+                let vectors = VECTORS / kind::halves(KIND);
+                for v in half * vectors..(half + 1) * vectors {
+                    let mut bytes = [s.splat_i(0); T];
+                    for (bytes, codes) in bytes.iter_mut().zip(codes) {
+                        *bytes = s.load_i(&codes[v].0);
+                    }
+                    for (dots, row) in dots.iter_mut().zip(rows) {
+                        for (dot, &bytes) in dots.iter_mut().zip(&bytes) {
+                            *dot = dot4::<S, KIND>(s, *dot, bytes, row[b].codes[v]);
+                        }
+                    }
+                }
+                let mut scales = [s.splat(0.0); T];
+                let mut zeros = [s.splat(0.0); T];
+                for (t, floats) in floats.iter().enumerate() {
+                    scales[t] = s.load(&floats[2 * half].0);
+                    if kind::has_zeros(KIND) {
+                        zeros[t] = s.load(&floats[2 * half + 1].0);
+                    }
+                }
+                for ((acc, dots), row) in acc.iter_mut().zip(dots).zip(rows) {
+                    for t in 0..T {
+                        acc[t] = add_scaled::<S, KIND>(s, acc[t], dots[t], scales[t], zeros[t], &row[b]);
+                    }
+                }
             }
         }
-        for (acc, out) in acc.into_iter().zip(&mut self.acc[r..r + R]) {
-            s.store(acc, &mut out.0);
+        let count = self.acc.len() / self.tiles.len();
+        for (i, acc) in acc.into_iter().enumerate() {
+            for (t, acc) in acc.into_iter().enumerate() {
+                s.store(acc, &mut self.acc[(tile + t) * count + r + i].0);
+            }
         }
     }
 }
 
 /// One row straight from the packed words.
 #[inline(always)]
-fn one_row<S: Simd, const KIND: u8, const ZEROS: bool, const HALVES: bool>(
-    s: S,
-    q: &Quantized,
-    tile: usize,
-    x: &[ActivationBlock],
-    offset: f32,
-    factor: f32,
-) -> Line<f32> {
-    let words = q.tile_codes(tile);
-    let blocks = q.code_rows / rows_per_block::<KIND>();
-    let x = &x[..blocks];
-    let factor = s.splat(factor);
+fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]) -> Line<f32> {
+    let q = tile.weight;
+    let words = q.tile_codes(tile.index);
+    let x = &x[..q.code_rows / kind::rows_per_block(KIND)];
+    let factor = s.splat(kind::factor(KIND));
     let mut acc = s.splat(0.0);
-    // A group is at least one block long, except where HALVES.
+    // A group is at least one block long, except where blocks have two.
     let per_group = (q.scheme.group_size / ACTIVATION_BLOCK).max(1);
     for (g, x) in x.chunks(per_group).enumerate() {
-        let line = tile * q.groups + if HALVES { 2 * g } else { g };
-        let second = line + usize::from(HALVES);
-        let scales = [s.mul(load_scale(s, &q.scales, line), factor), s.mul(load_scale(s, &q.scales, second), factor)];
-        let offsets = [offsets::<S, ZEROS>(s, q, line, offset), offsets::<S, ZEROS>(s, q, second, offset)];
+        let mut scales = [s.splat(0.0); 2];
+        let mut zeros = [s.splat(0.0); 2];
+        for half in 0..kind::halves(KIND) {
+            let line = tile.index * q.groups + kind::halves(KIND) * g + half;
+            scales[half] = s.mul(load_scale(s, &q.scales, line), factor);
+            if kind::has_zeros(KIND) {
+                zeros[half] = load_zero(s, &q.zeros, line);
+            }
+        }
         for (i, x) in x.iter().enumerate() {
             let bytes = block_bytes::<S, KIND>(s, words, g * per_group + i);
-            acc = add_block::<S, KIND, HALVES>(s, acc, &bytes, scales, offsets, x);
+            if kind::halves(KIND) == 2 {
+                for half in 0..2 {
+                    let mut dot = s.splat_i(start::<KIND>(x, half));
+                    for v in 4 * half..4 * half + 4 {
+                        dot = dot4::<S, KIND>(s, dot, bytes[v], x.codes[v]);
+                    }
+                    acc = add_scaled::<S, KIND>(s, acc, dot, scales[half], zeros[half], x);
+                }
+            } else {
+                // Two chains: their sum is exact, whatever the order.
+                let mut dots = [s.splat_i(start::<KIND>(x, 0)), s.splat_i(0)];
+                for (v, (&bytes, &codes)) in bytes.iter().zip(&x.codes).enumerate() {
+                    dots[v % 2] = dot4::<S, KIND>(s, dots[v % 2], bytes, codes);
+                }
+                acc = add_scaled::<S, KIND>(s, acc, s.add_i(dots[0], dots[1]), scales[0], zeros[0], x);
+            }
         }
     }
     let mut out = Line::default();
@@ -241,88 +367,76 @@ fn one_row<S: Simd, const KIND: u8, const ZEROS: bool, const HALVES: bool>(
     out
 }
 
-/// `acc + (sum u a - offset sum a) * activation scale * weight scale` of one block.
+/// What the dot product of a block, or of one of its halves, starts from.
 #[inline(always)]
-fn add_block<S: Simd, const KIND: u8, const HALVES: bool>(
-    s: S,
-    acc: S::F,
-    bytes: &[S::I; VECTORS],
-    scales: [S::F; 2],
-    offsets: [S::F; 2],
-    x: &ActivationBlock,
-) -> S::F {
-    let mut dots = [s.splat_i(0); 2];
-    for (v, (&u, &a)) in bytes.iter().zip(&x.codes).enumerate() {
-        let dot = &mut dots[v / (VECTORS / 2)];
-        *dot = match KIND {
-            kind::BYTES | kind::SIGNED_BYTES => s.dot4_wide(*dot, u, a),
-            _ => s.dot4(*dot, u, a),
-        };
-    }
-    let activation = s.splat(x.scale);
-    if HALVES {
-        let first = corrected(s, dots[0], offsets[0], x.half_sums[0]);
-        let second = corrected(s, dots[1], offsets[1], x.half_sums[1]);
-        let acc = s.fma(s.mul(first, activation), scales[0], acc);
-        s.fma(s.mul(second, activation), scales[1], acc)
-    } else {
-        let dot = corrected(s, s.add_i(dots[0], dots[1]), offsets[0], x.sum);
-        s.fma(s.mul(dot, activation), scales[0], acc)
+fn start<const KIND: u8>(x: &ActivationBlock, half: usize) -> i32 {
+    match KIND {
+        kind::INT4_ZEROS | kind::INT8_ZEROS => 0,
+        kind::FP4_HALVES => x.half_starts[half],
+        kind::INT4 | kind::INT8 | kind::INT3 => x.starts[0],
+        _ => x.starts[1],
     }
 }
 
-/// `dot - offset sum`.
 #[inline(always)]
-fn corrected<S: Simd>(s: S, dot: S::I, offset: S::F, sum: f32) -> S::F {
-    s.fma(offset, s.splat(-sum), s.to_f32(dot))
+fn dot4<S: Simd, const KIND: u8>(s: S, acc: S::I, u: S::I, x: i32) -> S::I {
+    match KIND {
+        kind::INT8 | kind::INT8_ZEROS => s.dot4_wide(acc, u, x),
+        _ => s.dot4(acc, u, x),
+    }
+}
+
+/// `acc + (dot - zero sum) * activation scale * weight scale`.
+#[inline(always)]
+fn add_scaled<S: Simd, const KIND: u8>(
+    s: S,
+    acc: S::F,
+    dot: S::I,
+    scale: S::F,
+    zero: S::F,
+    x: &ActivationBlock,
+) -> S::F {
+    let mut dot = s.to_f32(dot);
+    if kind::has_zeros(KIND) {
+        dot = s.fma(zero, s.splat(-x.sum), dot);
+    }
+    s.fma(s.mul(dot, s.splat(x.scale)), scale, acc)
 }
 
 /// The group of a block, or of one of its halves.
 #[inline(always)]
-fn group<const HALVES: bool>(q: &Quantized, block: usize, half: usize) -> usize {
-    if HALVES { 2 * block + half } else { block * ACTIVATION_BLOCK / q.scheme.group_size }
-}
-
-#[inline(always)]
-fn offsets<S: Simd, const ZEROS: bool>(s: S, q: &Quantized, line: usize, offset: f32) -> S::F {
-    if ZEROS { load_zero(s, &q.zeros, line) } else { s.splat(offset) }
-}
-
-/// Lines of code words per block of 32.
-const fn rows_per_block<const KIND: u8>() -> usize {
-    match KIND {
-        kind::NIBBLES | kind::FP4 => 4,
-        kind::BYTES | kind::SIGNED_BYTES => 8,
-        kind::INT2 => 2,
-        _ => 3,
+fn group<const KIND: u8>(q: &Quantized, block: usize, half: usize) -> usize {
+    match kind::halves(KIND) {
+        2 => 2 * block + half,
+        _ => block * ACTIVATION_BLOCK / q.scheme.group_size,
     }
 }
 
 /// The unsigned bytes of a block, in the order of the format's [`CodeOrder`].
 #[inline(always)]
 fn block_bytes<S: Simd, const KIND: u8>(s: S, words: &[Line<u32>], block: usize) -> [S::I; VECTORS] {
-    let per_block = rows_per_block::<KIND>();
+    let per_block = kind::rows_per_block(KIND);
     let words = &words[block * per_block..(block + 1) * per_block];
     let mut out = [s.splat_i(0); VECTORS];
     match KIND {
-        kind::NIBBLES | kind::FP4 => {
+        kind::INT4 | kind::INT4_ZEROS | kind::FP4 | kind::FP4_HALVES => {
             let mask = s.splat_i(0x0F0F_0F0F);
             for j in 0..4 {
                 let word = s.load_i(&words[j].0);
                 out[2 * j] = s.and(word, mask);
                 out[2 * j + 1] = s.and(s.shr(word, 4), mask);
             }
-            if KIND == kind::FP4 {
+            if matches!(KIND, kind::FP4 | kind::FP4_HALVES) {
                 for bytes in &mut out {
                     *bytes = s.lut16_bytes(&FP4_BYTES, *bytes);
                 }
             }
         }
-        kind::BYTES | kind::SIGNED_BYTES => {
+        kind::INT8 | kind::INT8_ZEROS => {
             let flip = s.splat_i(0x8080_8080u32 as i32);
             for (out, word) in out.iter_mut().zip(words) {
                 *out = s.load_i(&word.0);
-                if KIND == kind::SIGNED_BYTES {
+                if KIND == kind::INT8 {
                     *out = s.xor(*out, flip);
                 }
             }

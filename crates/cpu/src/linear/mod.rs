@@ -15,15 +15,19 @@ use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Res
 use marlin_ops::{LinearOps, Result};
 
 pub(crate) use self::int8::ActivationBlock;
-use self::int8::quantize_rows;
+use self::int8::{PAIR, Tile, quantize_rows};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::{CodeOrder, PackedWeight, Values};
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
 
-/// Rows of one task when rows are split among tasks.
-const ROW_BLOCK: usize = 64;
+/// Least rows of one task when rows are split among tasks: enough to pay for decoding the weights again.
+const LEAST_ROWS: usize = 64;
+/// Most rows of one task, so that their activations stay in the second-level cache.
+const MOST_ROWS: usize = 192;
+/// Rows of one pass over the widest kernel's registers.
+const ROW_STEP: usize = 6;
 /// Multiplications below which a layer is not worth handing to other threads.
 const SERIAL_WORK: usize = 1 << 15;
 
@@ -128,22 +132,20 @@ impl Cpu {
         Panels { floats: self.workspace.lines.take(floats.max(decode::PANEL)), codes: self.workspace.codes.take(codes) }
     }
 
-    /// `acc[r] = x[rows[r]] W` for the columns of one tile.
-    pub(crate) fn multiply_tile(
+    /// `acc[t][r] = x[rows[r]] W_t` for the columns of one or two tiles; two tiles share a format and size.
+    fn multiply_tiles(
         &self,
-        weight: &PackedWeight,
-        tile: usize,
+        tiles: &[(&PackedWeight, usize)],
         x: &Activations<'_>,
         rows: Range<usize>,
         panels: &mut Panels<'_>,
         acc: &mut [Line<f32>],
     ) {
-        debug_assert_eq!(acc.len(), rows.len());
-        let order = self.int8_order(weight);
+        debug_assert_eq!(acc.len(), tiles.len() * rows.len());
+        let order = self.int8_order(tiles[0].0);
         let int8 = order.and_then(|order| x.int8[order as usize].as_deref());
         self.level.run(TileProduct {
-            weight,
-            tile,
+            tiles,
             x: Rows { data: x.x, stride: x.columns, first: rows.start, index: x.index },
             int8: int8.map(|data| Rows {
                 data,
@@ -156,23 +158,40 @@ impl Cpu {
         });
     }
 
-    /// [`Cpu::multiply_tile`], then bias, activation and scale.
-    pub(crate) fn linear_tile(
+    /// `acc[r] = x[rows[r]] W` for the columns of one tile.
+    pub(crate) fn multiply_tile(
         &self,
-        layer: &Layer<'_>,
+        weight: &PackedWeight,
         tile: usize,
         x: &Activations<'_>,
         rows: Range<usize>,
         panels: &mut Panels<'_>,
         acc: &mut [Line<f32>],
     ) {
-        self.multiply_tile(layer.weight, tile, x, rows, panels, acc);
-        self.level.run(epilogue::Finish {
-            bias: layer.weight.bias_line(tile),
-            activation: layer.activation,
-            scale: layer.scale,
-            lines: acc,
-        });
+        self.multiply_tiles(&[(weight, tile)], x, rows, panels, acc);
+    }
+
+    /// Products of one or two consecutive tiles, then bias, activation and scale; `acc` is `[tiles][rows]`.
+    pub(crate) fn linear_tiles(
+        &self,
+        layer: &Layer<'_>,
+        tiles: Range<usize>,
+        x: &Activations<'_>,
+        rows: Range<usize>,
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
+        let (weight, count) = (layer.weight, rows.len());
+        let pair = [(weight, tiles.start), (weight, tiles.start + 1)];
+        self.multiply_tiles(&pair[..tiles.len()], x, rows, panels, acc);
+        for (tile, lines) in tiles.zip(acc.chunks_exact_mut(count)) {
+            self.level.run(epilogue::Finish {
+                bias: weight.bias_line(tile),
+                activation: layer.activation,
+                scale: layer.scale,
+                lines,
+            });
+        }
     }
 
     /// One tile of `act(x Wg) * (x Wu)`; `acc` has two lines per row, the results in the first half.
@@ -185,9 +204,14 @@ impl Cpu {
         panels: &mut Panels<'_>,
         acc: &mut [Line<f32>],
     ) {
-        let (gate, up) = acc.split_at_mut(rows.len());
-        self.multiply_tile(gated.gate, tile, x, rows.clone(), panels, gate);
-        self.multiply_tile(gated.up, tile, x, rows, panels, up);
+        let count = rows.len();
+        if gated.gate.pairs_with(gated.up) {
+            self.multiply_tiles(&[(gated.gate, tile), (gated.up, tile)], x, rows, panels, acc);
+        } else {
+            self.multiply_tile(gated.gate, tile, x, rows.clone(), panels, &mut acc[..count]);
+            self.multiply_tile(gated.up, tile, x, rows, panels, &mut acc[count..]);
+        }
+        let (gate, up) = acc.split_at_mut(count);
         self.level.run(epilogue::Combine {
             gate_bias: gated.gate.bias_line(tile),
             up_bias: gated.up.bias_line(tile),
@@ -197,42 +221,52 @@ impl Cpu {
         });
     }
 
-    /// Fills `out`, rows of `columns`, from tiles that `produce(tile, rows, panels, acc)` computes into the first lines
-    /// of `acc` (`lines_per_row` lines for each row).
+    /// Fills `out`, rows of `columns`, from lines `[tiles][rows]` that `produce(tiles, rows, panels, acc)` computes at
+    /// the start of `acc`, for up to `shape.step` tiles at a time; `acc` has [`PAIR`] lines per row.
     fn fill(
         &self,
         shape: Shape,
         residual: Addend<'_>,
         out: &mut [f32],
-        produce: impl Fn(usize, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
+        produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
     ) {
-        let Shape { rows: m, columns: n, in_features: k, lines_per_row } = shape;
+        let Shape { rows: m, columns: n, in_features: k, step } = shape;
         let tiles = n.div_ceil(LANES);
         let grain = match m * n * k < SERIAL_WORK {
             true => tiles,
             false => self.pool.grain(tiles),
         };
+        let grain = grain.next_multiple_of(step);
         if m == 1 {
             self.pool.for_chunks(out, grain * LANES, |i, out| {
                 let mut panels = self.panels(k);
-                let mut acc = [Line::default(); 2];
-                for (t, out) in out.chunks_mut(LANES).enumerate() {
-                    let tile = i * grain + t;
-                    produce(tile, 0..1, &mut panels, &mut acc[..lines_per_row]);
-                    residual.write(tile * LANES, &acc[0], out);
+                let mut acc = [Line::default(); PAIR];
+                for (t, out) in out.chunks_mut(step * LANES).enumerate() {
+                    let tile = i * grain + t * step;
+                    let count = out.len().div_ceil(LANES);
+                    produce(tile..tile + count, 0..1, &mut panels, &mut acc);
+                    for (t, out) in out.chunks_mut(LANES).enumerate() {
+                        residual.write((tile + t) * LANES, &acc[t], out);
+                    }
                 }
             });
-        } else if m >= 2 * ROW_BLOCK * self.pool.threads() {
-            self.pool.for_chunks(out, ROW_BLOCK * n, |i, out| {
-                let (rows, first) = (out.len() / n, i * ROW_BLOCK);
+        } else if m >= 2 * LEAST_ROWS * self.pool.threads() {
+            // At least two tasks for each thread.
+            let share = m.div_ceil(2 * self.pool.threads()).clamp(LEAST_ROWS, MOST_ROWS);
+            let block = share.next_multiple_of(ROW_STEP);
+            self.pool.for_chunks(out, block * n, |i, out| {
+                let (rows, first) = (out.len() / n, i * block);
                 let mut panels = self.panels(k);
-                let mut acc = self.workspace.lines.take(lines_per_row * rows);
-                for tile in 0..tiles {
-                    produce(tile, first..first + rows, &mut panels, &mut acc);
+                let mut acc = self.workspace.lines.take(PAIR * rows);
+                for tile in (0..tiles).step_by(step) {
+                    let end = tiles.min(tile + step);
+                    produce(tile..end, first..first + rows, &mut panels, &mut acc);
                     for (r, out) in out.chunks_exact_mut(n).enumerate() {
-                        let columns = tile * LANES..n.min((tile + 1) * LANES);
-                        let start = (first + r) * n + columns.start;
-                        residual.write(start, &acc[r], &mut out[columns]);
+                        for (lines, tile) in acc.chunks_exact(rows).zip(tile..end) {
+                            let columns = tile * LANES..n.min((tile + 1) * LANES);
+                            let start = (first + r) * n + columns.start;
+                            residual.write(start, &lines[r], &mut out[columns]);
+                        }
                     }
                 }
             });
@@ -248,15 +282,17 @@ impl Cpu {
         grain: usize,
         residual: Addend<'_>,
         out: &mut [f32],
-        produce: impl Fn(usize, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
+        produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
     ) {
-        let (m, n) = (shape.rows, shape.columns);
-        let per_tile = shape.lines_per_row * m;
-        let mut lines = self.workspace.lines.take(n.div_ceil(LANES) * per_tile);
-        self.pool.for_chunks(&mut lines, grain * per_tile, |i, lines| {
+        let Shape { rows: m, columns: n, step, .. } = shape;
+        let tiles = n.div_ceil(LANES);
+        let per_step = PAIR * m;
+        let mut lines = self.workspace.lines.take(tiles.div_ceil(step) * per_step);
+        self.pool.for_chunks(&mut lines, grain / step * per_step, |i, lines| {
             let mut panels = self.panels(shape.in_features);
-            for (t, acc) in lines.chunks_exact_mut(per_tile).enumerate() {
-                produce(i * grain + t, 0..m, &mut panels, acc);
+            for (t, acc) in lines.chunks_exact_mut(per_step).enumerate() {
+                let tile = i * grain + t * step;
+                produce(tile..tiles.min(tile + step), 0..m, &mut panels, acc);
             }
         });
         let row_grain = match m * n < SERIAL_WORK {
@@ -267,7 +303,7 @@ impl Cpu {
             for (r, out) in out.chunks_exact_mut(n).enumerate() {
                 let row = i * row_grain + r;
                 for (tile, out) in out.chunks_mut(LANES).enumerate() {
-                    let line = &lines[tile * per_tile + row];
+                    let line = &lines[tile / step * per_step + tile % step * m + row];
                     residual.write(row * n + tile * LANES, line, out);
                 }
             }
@@ -294,7 +330,8 @@ struct Shape {
     rows: usize,
     columns: usize,
     in_features: usize,
-    lines_per_row: usize,
+    /// Tiles computed together.
+    step: usize,
 }
 
 /// What is added to an output element.
@@ -336,8 +373,7 @@ impl<'a> Addend<'a> {
 }
 
 struct TileProduct<'a, 'p> {
-    weight: &'a PackedWeight,
-    tile: usize,
+    tiles: &'a [(&'a PackedWeight, usize)],
     x: Rows<'a, f32>,
     int8: Option<Rows<'a, ActivationBlock>>,
     panels: &'a mut Panels<'p>,
@@ -350,11 +386,21 @@ impl Kernel for TileProduct<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Panels { floats, codes } = self.panels;
-        match (&self.weight.values, self.int8) {
-            (Values::Quantized(q), Some(x)) => {
-                int8::multiply(s, q, self.tile, x, codes, floats, self.acc);
+        let quantized = |i: usize| match self.tiles.get(i) {
+            Some(&(PackedWeight { values: Values::Quantized(weight), .. }, index)) => Some(Tile { weight, index }),
+            _ => None,
+        };
+        match (self.int8, quantized(0), quantized(1)) {
+            (Some(x), Some(first), second) => {
+                let pair = [first, second.unwrap_or(first)];
+                int8::multiply(s, &pair[..self.tiles.len()], x, codes, floats, self.acc);
             }
-            _ => exact::multiply(s, self.weight, self.tile, self.x, floats, self.acc),
+            _ => {
+                let rows = self.acc.len() / self.tiles.len();
+                for (&(weight, tile), acc) in self.tiles.iter().zip(self.acc.chunks_exact_mut(rows)) {
+                    exact::multiply(s, weight, tile, self.x, floats, acc);
+                }
+            }
         }
     }
 }
@@ -365,17 +411,14 @@ impl LinearOps for Cpu {
         let weight = args.weight.data();
         let layer = Layer { weight, activation: args.activation, scale: args.out_scale };
         let residual = Addend::of(OP, &args.residual)?;
-        let shape = Shape {
-            rows: args.x.rows(),
-            columns: weight.out_features,
-            in_features: weight.in_features,
-            lines_per_row: 1,
-        };
+        let shape =
+            Shape { rows: args.x.rows(), columns: weight.out_features, in_features: weight.in_features, step: PAIR };
         let x = f32s(OP, "x", args.x)?;
         let x = self.activations(x, weight.in_features, &[weight], true);
         let out = f32s_mut(OP, "out", args.out)?;
-        self.fill(shape, residual, out, |tile, rows, panels, acc| {
-            self.linear_tile(&layer, tile, &x, rows, panels, acc);
+        self.fill(shape, residual, out, |tiles, rows, panels, acc| {
+            let lines = tiles.len() * rows.len();
+            self.linear_tiles(&layer, tiles, &x, rows, panels, &mut acc[..lines]);
         });
         Ok(())
     }
@@ -384,12 +427,12 @@ impl LinearOps for Cpu {
         const OP: &str = "gated_up";
         let gated = Gated { gate: args.gate.data(), up: args.up.data(), activation: args.activation };
         let in_features = gated.gate.in_features;
-        let shape = Shape { rows: args.x.rows(), columns: gated.gate.out_features, in_features, lines_per_row: 2 };
+        let shape = Shape { rows: args.x.rows(), columns: gated.gate.out_features, in_features, step: 1 };
         let x = f32s(OP, "x", args.x)?;
         let x = self.activations(x, in_features, &[gated.gate, gated.up], true);
         let out = f32s_mut(OP, "out", args.out)?;
-        self.fill(shape, Addend::None, out, |tile, rows, panels, acc| {
-            self.gated_tile(&gated, tile, &x, rows, panels, acc);
+        self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
+            self.gated_tile(&gated, tiles.start, &x, rows, panels, acc);
         });
         Ok(())
     }
