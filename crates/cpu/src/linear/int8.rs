@@ -16,7 +16,7 @@ use marlin_formats::Format;
 use marlin_ops::activation::{ACTIVATION_BLOCK, quantize_activation_block};
 
 use crate::layout::{CodeOrder, Quantized};
-use crate::simd::{LANES, Line, Simd};
+use crate::simd::{Kernel, LANES, Line, Simd};
 
 use super::Rows;
 use super::decode::{load_scale, load_zero};
@@ -97,45 +97,93 @@ mod kind {
 /// `2 value + 12` of each E2M1 code.
 const FP4_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
-/// Quantizes rows of `columns` activations into `ceil(columns / 32)` blocks each.
-pub(crate) fn quantize_rows(x: &[f32], columns: usize, order: CodeOrder, out: &mut [ActivationBlock]) {
-    let per_row = columns.div_ceil(ACTIVATION_BLOCK);
-    for (row, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(per_row)) {
-        for (values, out) in row.chunks(ACTIVATION_BLOCK).zip(out) {
-            *out = match order {
-                CodeOrder::Nibbles => quantize_block::<0>(values),
-                CodeOrder::Bytes => quantize_block::<1>(values),
-                CodeOrder::Pairs => quantize_block::<2>(values),
-            };
+/// Rows of `columns` activations to `ceil(columns / 32)` blocks each, as [`quantize_activation_block`] rounds them.
+pub(super) struct QuantizeRows<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) columns: usize,
+    pub(super) order: CodeOrder,
+    pub(super) out: &'a mut [ActivationBlock],
+}
+
+impl Kernel for QuantizeRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let per_row = self.columns.div_ceil(ACTIVATION_BLOCK);
+        for (row, out) in self.x.chunks_exact(self.columns).zip(self.out.chunks_exact_mut(per_row)) {
+            match self.order {
+                CodeOrder::Nibbles => quantize_row::<S, 0>(s, row, out),
+                CodeOrder::Bytes => quantize_row::<S, 1>(s, row, out),
+                CodeOrder::Pairs => quantize_row::<S, 2>(s, row, out),
+            }
         }
     }
 }
 
-/// One block of at most 32 values; the rest counts as 0. `ORDER` is an index into [`CodeOrder::ALL`].
+/// Blocks whose largest magnitude lies below have scales that are not normal numbers; they take the slow way.
+const LEAST_MAGNITUDE: f32 = 1e-30;
+
+/// One row. `ORDER` is an index into [`CodeOrder::ALL`].
+#[inline(always)]
+fn quantize_row<S: Simd, const ORDER: usize>(s: S, row: &[f32], out: &mut [ActivationBlock]) {
+    let (whole, tail) = row.as_chunks::<ACTIVATION_BLOCK>();
+    // Stays 0 as long as all values are finite.
+    let mut nothing = s.splat(0.0);
+    for values in row.as_chunks::<LANES>().0 {
+        nothing = s.fma(s.load(values), s.splat(0.0), nothing);
+    }
+    let finite = s.reduce_add(nothing) == 0.0;
+    for (values, out) in whole.iter().zip(&mut *out) {
+        let halves = values.as_chunks::<LANES>().0;
+        let (a, b) = (s.load(&halves[0]), s.load(&halves[1]));
+        let magnitude = |v| s.max(v, s.sub(s.splat(0.0), v));
+        let largest = if finite { s.reduce_max(s.max(magnitude(a), magnitude(b))) } else { 0.0 };
+        *out = if largest >= LEAST_MAGNITUDE {
+            let inverse = s.splat(127.0 / largest);
+            let codes = [s.round_i(s.mul(a, inverse)), s.round_i(s.mul(b, inverse))];
+            let sums = codes.map(|codes| s.reduce_add(s.to_f32(codes)) as i32);
+            let bytes = codes.map(|codes| s.low_bytes(codes));
+            block_of::<ORDER>(&bytes, sums, largest / 127.0)
+        } else {
+            quantize_block::<ORDER>(values)
+        };
+    }
+    if let [.., last] = out
+        && !tail.is_empty()
+    {
+        *last = quantize_block::<ORDER>(tail);
+    }
+}
+
+/// One block of at most 32 values; the rest counts as 0.
 fn quantize_block<const ORDER: usize>(values: &[f32]) -> ActivationBlock {
     let mut codes = [0i8; ACTIVATION_BLOCK];
     let scale = quantize_activation_block(values, &mut codes);
-    let half = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>();
-    let halves = [half(&codes[..16]), half(&codes[16..])];
-    let mut out = block_of(CodeOrder::ALL[ORDER], halves, scale);
-    for (v, word) in out.codes.iter_mut().enumerate() {
-        let mut bytes = [0u8; 4];
-        for (b, byte) in bytes.iter_mut().enumerate() {
-            *byte = codes[CodeOrder::ALL[ORDER].feature(v, b)] as u8;
-        }
-        *word = i32::from_le_bytes(bytes);
+    let mut halves = [[0; LANES]; 2];
+    for (half, codes) in halves.iter_mut().zip(codes.as_chunks::<LANES>().0) {
+        *half = codes.map(|code| code as u8);
     }
-    out
+    let sum = |codes: &[u8; LANES]| codes.iter().map(|&code| i32::from(code as i8)).sum();
+    block_of::<ORDER>(&halves, [sum(&halves[0]), sum(&halves[1])], scale)
 }
 
-/// A block without its codes, from the sums of both halves.
+/// A block from its codes as bytes in two halves, the sums of the halves, and the scale.
 #[inline(always)]
-fn block_of(order: CodeOrder, halves: [i32; 2], scale: f32) -> ActivationBlock {
-    let sum = halves[0] + halves[1];
+fn block_of<const ORDER: usize>(bytes: &[[u8; LANES]; 2], sums: [i32; 2], scale: f32) -> ActivationBlock {
+    let order = const { CodeOrder::ALL[ORDER] };
+    let sum = sums[0] + sums[1];
+    let mut codes = [0; VECTORS];
+    for (codes, bytes) in codes.as_chunks_mut::<{ VECTORS / 2 }>().0.iter_mut().zip(bytes) {
+        // An order moves codes within halves only, in both alike.
+        for (v, word) in codes.iter_mut().enumerate() {
+            *word = i32::from_le_bytes(std::array::from_fn(|b| bytes[order.feature(v, b)]));
+        }
+    }
     ActivationBlock {
-        codes: [0; VECTORS],
+        codes,
         starts: constant_offsets(order).map(|offset| -offset * sum),
-        half_starts: halves.map(|half| -12 * half),
+        half_starts: sums.map(|half| -12 * half),
         sum: sum as f32,
         scale,
     }

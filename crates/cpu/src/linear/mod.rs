@@ -15,7 +15,7 @@ use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Res
 use marlin_ops::{LinearOps, Result};
 
 pub(crate) use self::int8::ActivationBlock;
-use self::int8::{PAIR, Tile, quantize_rows};
+use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::{CodeOrder, PackedWeight, Values};
@@ -117,10 +117,10 @@ impl Cpu {
             if spread && x.len() >= SERIAL_WORK {
                 let grain = self.pool.grain(rows);
                 self.pool.for_chunks(&mut blocks, grain * per_row, |i, blocks| {
-                    quantize_rows(&x[i * grain * columns..], columns, order, blocks);
+                    self.level.run(QuantizeRows { x: &x[i * grain * columns..], columns, order, out: blocks });
                 });
             } else {
-                quantize_rows(x, columns, order, &mut blocks);
+                self.level.run(QuantizeRows { x, columns, order, out: &mut blocks });
             }
             *slot = Some(blocks);
         }
