@@ -23,8 +23,12 @@ pub(crate) struct Pool {
     region: Mutex<()>,
 }
 
-/// A region's work: called once on every thread that takes part, it returns when nothing is left to take.
-type Work<'a> = dyn Fn() + Sync + 'a;
+/// A region's work: called once on every thread that takes part, with the thread's number; it returns when nothing is
+/// left to take.
+type Work<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// Stretches that chunks are handed out from: threads go through neighbouring chunks in order, as memory likes it.
+const STRETCHES: usize = 16;
 
 #[derive(Default)]
 struct Shared {
@@ -63,7 +67,7 @@ impl Pool {
         for i in 1..threads {
             let shared = pool.shared.clone();
             let builder = thread::Builder::new().name(format!("marlin-cpu-{i}"));
-            let worker = builder.spawn(move || shared.serve()).map_err(|e| OpError::Device {
+            let worker = builder.spawn(move || shared.serve(i)).map_err(|e| OpError::Device {
                 operation: "cpu",
                 reason: format!("cannot start {threads} threads: {e}"),
             })?;
@@ -80,12 +84,25 @@ impl Pool {
     /// Calls `f(i, chunk)` for consecutive chunks of `len` elements, the last one possibly shorter.
     pub(crate) fn for_chunks<T: Send>(&self, data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
         let len = len.max(1);
-        let several = data.len() > len;
-        let chunks = Mutex::new(data.chunks_mut(len).enumerate());
-        self.run(several, &|| {
-            // The lock is released before the call.
-            while let Some((i, chunk)) = { lock(&chunks).next() } {
-                f(i, chunk);
+        let chunks = data.len().div_ceil(len);
+        let count = self.threads().min(STRETCHES);
+        let per_stretch = chunks.div_ceil(count);
+        let mut rest = data;
+        let stretches: [_; STRETCHES] = std::array::from_fn(|_| {
+            let stretch = rest.split_off_mut(..rest.len().min(per_stretch * len)).unwrap_or_default();
+            Mutex::new(stretch.chunks_mut(len).enumerate())
+        });
+        self.run(chunks > 1, &|thread| {
+            let own = thread % count;
+            // The locks are released before the calls.
+            while let Some((i, chunk)) = { lock(&stretches[own]).next() } {
+                f(own * per_stretch + i, chunk);
+            }
+            // Then the others' ends.
+            for other in (1..count).map(|i| (own + i) % count) {
+                while let Some((i, chunk)) = { lock(&stretches[other]).next_back() } {
+                    f(other * per_stretch + i, chunk);
+                }
             }
         });
     }
@@ -94,7 +111,7 @@ impl Pool {
     pub(crate) fn for_items<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync + Send) {
         let several = items.len() > 1;
         let items = Mutex::new(items.into_iter());
-        self.run(several, &|| {
+        self.run(several, &|_| {
             while let Some(item) = { lock(&items).next() } {
                 f(item);
             }
@@ -110,19 +127,19 @@ impl Pool {
     fn run(&self, shared: bool, work: &Work<'_>) {
         // Inside a region, and while another thread has the workers, the caller works alone.
         if !shared || self.workers.is_empty() || BUSY.get() {
-            return work();
+            return work(0);
         }
         let _region = match self.region.try_lock() {
             Ok(guard) => guard,
             Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
-            Err(TryLockError::WouldBlock) => return work(),
+            Err(TryLockError::WouldBlock) => return work(0),
         };
         let open = OpenRegion::new(&self.shared, work);
         if self.shared.asleep.load(Ordering::SeqCst) > 0 {
             self.workers.iter().for_each(|worker| worker.thread().unpark());
         }
         BUSY.set(true);
-        let outcome = catch_unwind(AssertUnwindSafe(work));
+        let outcome = catch_unwind(AssertUnwindSafe(|| work(0)));
         BUSY.set(false);
         drop(open);
         let panic = lock(&self.shared.panic).take();
@@ -177,8 +194,8 @@ fn wait_until(mut done: impl FnMut() -> bool) {
 }
 
 impl Shared {
-    /// A worker's life.
-    fn serve(&self) {
+    /// The life of worker number `thread`.
+    fn serve(&self, thread: usize) {
         BUSY.set(true);
         let mut seen = 0;
         while !self.stop.load(Ordering::SeqCst) {
@@ -191,7 +208,7 @@ impl Shared {
                 *work
             };
             if let Some(work) = work {
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread))) {
                     lock(&self.panic).get_or_insert(panic);
                 }
                 self.inside.fetch_sub(1, Ordering::Release);

@@ -370,6 +370,9 @@ impl<S: Simd> Task<'_, S> {
     }
 }
 
+/// Blocks that are fetched ahead of their use.
+const AHEAD: usize = 16;
+
 /// One row straight from the packed words.
 #[inline(always)]
 fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]) -> Line<f32> {
@@ -391,6 +394,11 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
             }
         }
         for (i, x) in x.iter().enumerate() {
+            let per_block = kind::rows_per_block(KIND);
+            let ahead = tile.index * q.code_rows + (g * per_group + i + AHEAD) * per_block;
+            for line in 0..per_block {
+                s.prefetch(&q.codes, ahead + line);
+            }
             let bytes = block_bytes::<S, KIND>(s, words, g * per_group + i);
             if kind::halves(KIND) == 2 {
                 for half in 0..2 {
