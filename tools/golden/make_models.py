@@ -24,6 +24,8 @@ EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 MIN_ROUTING_GAP = 5e-4
 # The reference's own f32 rounding must stay an order of magnitude under the parity tolerance of 1e-4.
 MAX_REFERENCE_ERROR = 1e-5
+# The same weights in other memory may be multiplied in another order; a detail lost in writing shows above 1e-3.
+MAX_RELOAD_ERROR = 1e-6
 WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -221,7 +223,7 @@ def verify(golden: Golden, folder: Path, logits: torch.Tensor, tokens: torch.Ten
     if unexpected:
         problems.append(f"reload: unexpected {unexpected}")
     reload_error = relative_difference(forward(model, tokens)[0], logits)
-    if reload_error != 0:
+    if not reload_error <= MAX_RELOAD_ERROR:
         problems.append(f"reloaded logits differ by {reload_error:.1e}")
     decode_error = relative_difference(decode(model, tokens), logits)
     double_error = relative_difference(forward(model.double(), tokens)[0], logits)

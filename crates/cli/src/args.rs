@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use marlin_formats::DType;
+use marlin_formats::{DType, Format};
 use marlin_ops::sampling::{LogitsProcess, SampleFilter};
 
 /// Which device runs the model.
@@ -31,7 +31,7 @@ pub struct DeviceArgs {
     #[arg(long)]
     pub exact: bool,
     /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 }
 
@@ -74,25 +74,25 @@ pub struct ModelArgs {
 #[derive(Args, Clone, Debug)]
 pub struct SamplingArgs {
     /// Stop after this many tokens
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one, allow_negative_numbers = true)]
     pub max_tokens: usize,
     /// 0 chooses the most likely token [default: the model's generation_config.json, else 0.7]
-    #[arg(long, value_name = "T", value_parser = temperature)]
+    #[arg(long, value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep the K most likely tokens
-    #[arg(long, value_name = "K", value_parser = at_least_one)]
+    #[arg(long, value_name = "K", value_parser = at_least_one, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Keep the most likely tokens with this total probability, in (0, 1]
-    #[arg(long, value_name = "P", value_parser = positive_probability)]
+    #[arg(long, value_name = "P", value_parser = positive_probability, allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Keep tokens at least this likely relative to the best, in [0, 1]
-    #[arg(long, value_name = "P", value_parser = probability)]
+    #[arg(long, value_name = "P", value_parser = probability, allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Keep the locally typical tokens with this total probability, in (0, 1)
-    #[arg(long, value_name = "P", value_parser = open_probability)]
+    #[arg(long, value_name = "P", value_parser = open_probability, allow_negative_numbers = true)]
     pub typical: Option<f32>,
     /// Divide the logits of tokens already seen by this factor
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Subtract this from generated tokens' logits for each occurrence
     #[arg(long, value_name = "A", default_value_t = 0.0, value_parser = finite, allow_hyphen_values = true)]
@@ -122,12 +122,28 @@ impl SamplingArgs {
     }
 }
 
+/// The names of all weight formats, for help texts.
+pub fn format_names() -> String {
+    Format::ALL.map(|format| format.name()).join(", ")
+}
+
 /// A whole number above 0.
 pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("must be at least 1".into()),
         Ok(n) => Ok(n),
         Err(_) => Err("must be a whole number, at least 1".into()),
+    }
+}
+
+/// More threads than this are a typing error; starting them would take minutes.
+const MAX_THREADS: usize = 1024;
+
+/// A number of CPU threads.
+pub fn threads(text: &str) -> Result<usize, String> {
+    match at_least_one(text)? {
+        n if n <= MAX_THREADS => Ok(n),
+        _ => Err(format!("must be at most {MAX_THREADS}")),
     }
 }
 

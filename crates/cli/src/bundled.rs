@@ -2,16 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 
 /// Folder of the bundled 4-bit story model inside the repository.
 const BUNDLED: &str = "models/marlin-stories-int4";
 
 /// `given`, or the bundled model: beside the executable, above the working directory, or in the workspace that this
 /// binary was built from.
+///
+/// # Errors
+/// A `given` path that is not a folder; no bundled model.
 pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = given {
-        return Ok(dir.to_path_buf());
+        match dir.is_dir() {
+            true => return Ok(dir.to_path_buf()),
+            false if dir.exists() => bail!("{}: not a folder; a model is a folder", dir.display()),
+            false => bail!("{}: no such folder", dir.display()),
+        }
     }
     candidates()
         .find(|dir| dir.join("config.json").is_file())

@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 
 /// Run, quantize and measure mixture-of-experts language models at 2 to 8 bits.
 #[derive(Parser)]
-#[command(name = "marlin", version, about, arg_required_else_help = true)]
+#[command(name = "marlin", version, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -70,10 +70,24 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("marlin: {error:#}");
+            eprintln!("marlin: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes in one line. The libraries' messages hold those of their sources, which are not repeated.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }
 
 /// `marlin ... | head` closes our stdout; that is the reader's choice, not a failure.
@@ -81,4 +95,18 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
         .any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_one_line_and_say_nothing_twice() {
+        let source = std::io::Error::other("no\n  space");
+        let error = marlin_models::ModelError::io(std::path::Path::new("file"))(source);
+        assert_eq!(one_line(&anyhow::Error::new(error)), "file: no space");
+        let error = anyhow::Error::new(std::io::Error::other("cause")).context("file");
+        assert_eq!(one_line(&error), "file: cause");
+    }
 }

@@ -184,11 +184,18 @@ impl<B: Backend> Session<B> {
         }
     }
 
-    /// An error unless the prompt fits the context.
+    /// An error unless the prompt fits the context and the vocabulary.
     pub fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
-        let context = self.model.context();
+        let (context, limit) = (self.model.context(), self.model.config().max_position_embeddings);
         if prompt.len() > context {
-            bail!("the prompt has {} tokens, the context holds {context}", prompt.len());
+            let hint = if context < limit { format!("; --context permits up to {limit}") } else { String::new() };
+            bail!("the prompt has {} tokens, the context holds {context}{hint}", prompt.len());
+        }
+        let vocab = self.model.config().vocab_size;
+        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+            bail!(
+                "token {id} of the prompt is outside the model's vocabulary of {vocab}: tokenizer.json is of another model"
+            );
         }
         Ok(())
     }

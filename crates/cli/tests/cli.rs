@@ -156,7 +156,11 @@ fn wrong_usage_is_status_2() {
     for t in ["-1", "-0.5", "inf", "nan"] {
         assert_usage(&["generate", PROMPT, &format!("--temperature={t}")], &["--temperature"]);
     }
+    assert_usage(&["generate", PROMPT, "--temperature", "-1"], &["--temperature", "0 (greedy) or above"]);
     assert_usage(&["generate", PROMPT, "--max-tokens", "0"], &["--max-tokens", "at least 1"]);
+    assert_usage(&["generate", PROMPT, "--max-tokens", "-3"], &["--max-tokens", "at least 1"]);
+    assert_usage(&["generate", PROMPT, "--threads", "100000"], &["--threads", "at most 1024"]);
+    assert_usage(&["quantize", "in", "out", "--format", "int4", "--group", "-1"], &["--group", "at least 1"]);
     assert_usage(&["generate", PROMPT, "--top-k", "0"], &["--top-k"]);
     assert_usage(&["generate", PROMPT, "--min-p", "1.5"], &["--min-p"]);
     assert_usage(&["generate", PROMPT, "--typical", "1"], &["--typical"]);
@@ -171,21 +175,49 @@ fn wrong_usage_is_status_2() {
 }
 
 #[test]
+fn help_names_every_format_and_architecture() {
+    let help = |arguments: &[&str]| String::from_utf8(marlin(arguments).stdout).unwrap();
+    assert!(help(&["--help"]).starts_with("Run, quantize and measure"));
+    for command in ["quantize", "synth"] {
+        let text = help(&[command, "--help"]);
+        assert!(["mxfp4", "int8_asym", "fp8_e5m2", "nf2"].iter().all(|format| text.contains(format)), "{text}");
+    }
+    assert!(help(&["synth", "--help"]).contains("deepseek-v2-lite"));
+}
+
+#[test]
 fn bad_prompts_are_refused() {
     assert_fails(&["generate", ""], &["prompt", "empty"]);
     let long = "the cat ".repeat(200);
-    assert_fails(&["generate", &long, "--context", "64"], &["prompt", "context", "64"]);
+    assert_fails(&["generate", &long, "--context", "64"], &["prompt", "context", "64", "up to 2048"]);
     let output = marlin_in(Path::new("."), &["generate"], b"");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("prompt"));
     let output = marlin_in(Path::new("."), &["generate"], b"\xff\xfe\xfd");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("UTF-8"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let small = path(folder.path(), "small");
+    let output = marlin(&["synth", "tiny-qwen3", &small, "--vocab", "100", "--tokenizer", &stories()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_fails(&["generate", PROMPT, "--model", &small], &["vocabulary of 100", "tokenizer.json"]);
+}
+
+/// At this temperature every byte token comes up, in no order that would be UTF-8.
+#[test]
+fn a_broken_character_is_never_printed() {
+    let flags = ["--temperature", "1000", "--max-tokens", "400", "--seed", "1", "--json"];
+    let result = json(&[&["generate", "🦙 é"], &flags[..]].concat());
+    let text = result["text"].as_str().expect("text");
+    assert!(text.len() > 400 && !text.contains(char::REPLACEMENT_CHARACTER), "{text}");
 }
 
 #[test]
 fn absent_things_are_named() {
-    assert_fails(&["generate", PROMPT, "--model", "no/such/model"], &["no/such/model"]);
+    assert_fails(&["generate", PROMPT, "--model", "no/such/model"], &["no/such/model: no such folder"]);
+    assert_fails(&["generate", PROMPT, "--model", "Cargo.toml"], &["Cargo.toml: not a folder"]);
+    assert_fails(&["quantize", "no/such/model", "out", "--format", "int4"], &["no/such/model: no such folder"]);
     assert_fails(&["generate", PROMPT, "--device", "cuda"], &["cuda", "cpu"]);
     assert_fails(&["perplexity", "--text", "no-such.txt"], &["no-such.txt"]);
     assert_fails(&["inspect", "no/such/model"], &["no/such/model"]);
@@ -247,6 +279,39 @@ fn quantize_inspect_and_score() {
     let int8 = score(&out, &["--exact"]);
     assert!((1.0..20.0).contains(&original), "{original}");
     assert!((int8 / original - 1.0).abs() < 0.005, "{int8} against {original}");
+}
+
+#[test]
+fn fused_experts_are_inspected_like_single_ones() {
+    let dir = repository().join("crates/models/tests/golden/qwen3_moe-fused").display().to_string();
+    let inspection = json(&["inspect", &dir, "--json"]);
+    let formats = inspection["formats"].as_object().unwrap();
+    assert_eq!(formats.keys().collect::<Vec<_>>(), ["f32"]);
+    assert_eq!(formats["f32"]["bits_per_weight"], 32.0);
+}
+
+/// A limit on the size of files stands for a full disk.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, file) = (path(folder.path(), "out"), path(folder.path(), "logits.safetensors"));
+    let ids = vec!["7"; 200].join(",");
+    for arguments in [
+        &["quantize", &stories(), &model, "--format", "int4"][..],
+        &["synth", "tiny-qwen3", &model],
+        &["logits", "--tokens", &ids, "--output", &file],
+    ] {
+        let output = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_marlin")])
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", stderr(&output));
+        assert_eq!(stderr(&output).lines().count(), 1, "{arguments:?}: {}", stderr(&output));
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+        assert!(left.is_empty(), "{arguments:?}: {left:?}");
+    }
 }
 
 #[test]

@@ -134,20 +134,6 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.vector("model.norm.weight")
     }
 
-    /// Refuses stored tensors that nothing has loaded, but for what published checkpoints carry along: rotary
-    /// frequencies (old Llama files) and multi-token-prediction layers after the last one.
-    pub(crate) fn check_no_extra_tensors(&self) -> Result<()> {
-        let first = self.config.num_layers;
-        let predict_layers = first..first + self.config.num_nextn_predict_layers;
-        self.checkpoint.check_all_used(|name| {
-            let layer = name
-                .strip_prefix("model.layers.")
-                .and_then(|rest| rest.split_once('.'))
-                .and_then(|(index, _)| index.parse::<usize>().ok());
-            name.ends_with(".rotary_emb.inv_freq") || layer.is_some_and(|layer| predict_layers.contains(&layer))
-        })
-    }
-
     fn weight(&self, name: &str) -> Result<Weight> {
         let module = &self.modules[&format!("{}{name}", self.prefix)];
         let LinearModule { name, out_features: n, in_features: k, bias, .. } = module;

@@ -80,7 +80,7 @@ impl<B: Backend> Model<B> {
             .map(|i| DecoderLayer::load(&mut loader, &config, i, ExpertForm::Stack))
             .collect::<Result<Vec<_>>>()?;
         let norm = loader.final_norm()?;
-        loader.check_no_extra_tensors()?;
+        config.check_no_extra_tensors(checkpoint)?;
         let size_in_bytes = loader.size_in_bytes();
         Ok(Self {
             embedding,

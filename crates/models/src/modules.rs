@@ -1,6 +1,8 @@
 //! Every tensor of an architecture by its published name: what quantizers and the synthesizer walk over.
 
+use crate::checkpoint::Checkpoint;
 use crate::config::{AttentionConfig, MlpConfig, ModelConfig};
+use crate::error::Result;
 
 /// What a linear module is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,6 +104,24 @@ impl ModelConfig {
         }
         push("model.norm.weight".to_owned(), self.hidden_size, false);
         vectors
+    }
+}
+
+impl ModelConfig {
+    /// Refuses tensors of `checkpoint` that nothing has read, but for what published checkpoints carry along: rotary
+    /// frequencies (old Llama files) and multi-token-prediction layers after the last one.
+    ///
+    /// # Errors
+    /// [`crate::ModelError::ExtraTensor`] for the first by name.
+    pub fn check_no_extra_tensors(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let predict_layers = self.num_layers..self.num_layers + self.num_nextn_predict_layers;
+        checkpoint.check_all_used(|name| {
+            let layer = name
+                .strip_prefix("model.layers.")
+                .and_then(|rest| rest.split_once('.'))
+                .and_then(|(index, _)| index.parse::<usize>().ok());
+            name.ends_with(".rotary_emb.inv_freq") || layer.is_some_and(|layer| predict_layers.contains(&layer))
+        })
     }
 }
 

@@ -92,7 +92,7 @@ impl Writer {
         let mut partial_name = name.to_owned();
         partial_name.push(format!(".partial-{}", std::process::id()));
         let partial = out.with_file_name(partial_name);
-        fs::create_dir(&partial).map_err(ModelError::io(&partial))?;
+        fs::create_dir(&partial).map_err(ModelError::io(out))?;
         Ok(Self {
             out: out.to_owned(),
             partial,

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use marlin_models::{AttentionConfig, Checkpoint, MlpConfig, ModelConfig};
+use marlin_models::{AttentionConfig, Checkpoint, LinearModule, MlpConfig, ModelConfig};
 use serde::Serialize;
+
+use crate::bundled;
 
 /// Arguments of `marlin inspect`.
 #[derive(Args)]
@@ -59,8 +61,9 @@ struct Inspection {
 
 /// Prints the inspection.
 pub fn run(args: InspectArgs) -> Result<()> {
-    let config = ModelConfig::from_dir(&args.dir)?;
-    let checkpoint = Checkpoint::open(&args.dir)?;
+    let dir = bundled::model_dir(Some(&args.dir))?;
+    let config = ModelConfig::from_dir(&dir)?;
+    let checkpoint = Checkpoint::open(&dir)?;
     let inspection = inspect(&args.dir.display().to_string(), &config, &checkpoint)?;
     if args.json {
         print_line!("{}", serde_json::to_string(&inspection)?);
@@ -75,22 +78,9 @@ fn inspect(model: &str, config: &ModelConfig, checkpoint: &Checkpoint) -> Result
     let (mut quantized_weights, mut quantized_bytes) = (0u64, 0u64);
     let mut parameters: u64 = config.vector_tensors().iter().map(|v| v.len as u64).sum();
     for module in config.linear_modules() {
-        let prefix = format!("{}.mm.", module.name);
-        let quantized = checkpoint.contains(&format!("{prefix}q"));
+        let Stored { format: name, bytes, quantized } = stored(config, checkpoint, &module)?;
         let weights = (module.out_features * module.in_features) as u64;
         parameters += weights;
-        let (name, bytes) = if quantized {
-            let scheme = config.quantization.scheme(&module.name, module.out_features, module.in_features)?;
-            let parts = ["q", "s", "z", "gs"].map(|part| tensor_bytes(checkpoint, &format!("{prefix}{part}")));
-            (format!("{} group {}", scheme.format.name(), scheme.group_size), parts.iter().sum())
-        } else {
-            let tensor = format!("{}.weight", module.name);
-            match checkpoint.get(&tensor) {
-                Some(info) => (info.dtype.name().to_lowercase(), tensor_bytes(checkpoint, &tensor)),
-                // Fused expert stacks hold many modules in one tensor; they are dense.
-                None => ("fused experts".to_owned(), 0),
-            }
-        };
         if quantized {
             quantized_weights += weights;
             quantized_bytes += bytes;
@@ -125,6 +115,45 @@ fn inspect(model: &str, config: &ModelConfig, checkpoint: &Checkpoint) -> Result
         kv_cache_bytes_per_token: config.num_layers * 2 * cache_values(&config.attention),
         tensors: tensors.collect(),
     })
+}
+
+/// How a linear module is stored.
+struct Stored {
+    /// Format and group, or dtype.
+    format: String,
+    /// Its share of the tensors that hold it.
+    bytes: u64,
+    quantized: bool,
+}
+
+/// Finds a module's tensors: its own, or for a routed expert those of all experts, native or dense with fused gate and up.
+fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) -> Result<Stored> {
+    let stack = module.name.split_once(".experts.").and_then(|(prefix, rest)| {
+        let (_, projection) = rest.split_once('.')?;
+        Some((format!("{prefix}.experts"), projection))
+    });
+    let native = |name: &str| checkpoint.contains(&format!("{name}.mm.q"));
+    let stacked = stack.as_ref().map(|(experts, projection)| format!("{experts}.{projection}"));
+    let holder = [Some(&module.name), stacked.as_ref()].into_iter().flatten().find(|name| native(name));
+    if let Some(holder) = holder {
+        let scheme = config.quantization.scheme(holder, module.out_features, module.in_features)?;
+        let parts = ["q", "s", "z", "gs"].map(|part| tensor_bytes(checkpoint, &format!("{holder}.mm.{part}")));
+        let experts = match checkpoint.get(&format!("{holder}.mm.q")) {
+            Some(info) if *holder != module.name => info.shape.first().map_or(1, |&experts| experts.max(1) as u64),
+            _ => 1,
+        };
+        let format = format!("{} group {}", scheme.format.name(), scheme.group_size);
+        return Ok(Stored { format, bytes: parts.iter().sum::<u64>() / experts, quantized: true });
+    }
+    let own = format!("{}.weight", module.name);
+    let tensor = match stack {
+        Some((experts, "down_proj")) if !checkpoint.contains(&own) => format!("{experts}.down_proj"),
+        Some((experts, _)) if !checkpoint.contains(&own) => format!("{experts}.gate_up_proj"),
+        _ => own,
+    };
+    let dtype = checkpoint.tensor(&tensor)?.dtype();
+    let bytes = (module.out_features * module.in_features * dtype.size_in_bytes()) as u64;
+    Ok(Stored { format: dtype.name().to_lowercase(), bytes, quantized: false })
 }
 
 /// Stored size of a tensor, 0 if there is none.
@@ -206,4 +235,51 @@ fn print_text(inspection: &Inspection) -> Result<()> {
         print_line!("{:<72} {:<8} {:?}", tensor.name, tensor.dtype, tensor.shape);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use marlin_models::{SynthOptions, Writer, synth};
+
+    use super::*;
+
+    /// Experts stored one by one, and the same stacked along a leading axis.
+    #[test]
+    fn stacked_experts_are_counted_like_single_ones() {
+        let root = tempfile::tempdir().unwrap();
+        let (single, stacked) = (root.path().join("single"), root.path().join("stacked"));
+        let options = SynthOptions { format: Some("nvfp4".parse().unwrap()), ..SynthOptions::default() };
+        synth("tiny-qwen3-moe", &options, &single, |_, _| {}).unwrap();
+        let config = ModelConfig::from_dir(&single).unwrap();
+        let checkpoint = Checkpoint::open(&single).unwrap();
+
+        let mut stacks: BTreeMap<String, (usize, Vec<u8>)> = BTreeMap::new();
+        let mut writer = Writer::create(&stacked).unwrap();
+        for name in checkpoint.names() {
+            let tensor = checkpoint.tensor(name).unwrap();
+            match name.split_once(".experts.").and_then(|(prefix, rest)| Some((prefix, rest.split_once('.')?))) {
+                Some((prefix, (_, part))) => {
+                    let stack = stacks.entry(format!("{prefix}.experts.{part}")).or_default();
+                    stack.0 += 1;
+                    stack.1.extend(tensor.bytes());
+                }
+                None => writer.host_tensor(name, &tensor).unwrap(),
+            }
+        }
+        for (name, (experts, bytes)) in &stacks {
+            let (prefix, part) = name.split_once(".experts.").unwrap();
+            let one = checkpoint.tensor(&format!("{prefix}.experts.0.{part}")).unwrap();
+            let dims = [&[*experts], one.dims()].concat();
+            writer.tensor(name, one.dtype(), &dims, bytes).unwrap();
+        }
+        let text = std::fs::read_to_string(single.join("config.json")).unwrap();
+        writer.finish(&serde_json::from_str(&text).unwrap()).unwrap();
+
+        let formats = |dir: &std::path::Path| {
+            let checkpoint = Checkpoint::open(dir).unwrap();
+            let inspection = inspect("model", &config, &checkpoint).unwrap();
+            serde_json::to_value((inspection.formats, inspection.quantized_bits_per_weight)).unwrap()
+        };
+        assert_eq!(formats(&stacked), formats(&single));
+    }
 }

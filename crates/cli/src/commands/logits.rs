@@ -1,6 +1,8 @@
 //! `marlin logits`: the logits of given tokens, for comparison with other implementations.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -44,5 +46,15 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
     let view = TensorView::new(safetensors::Dtype::F32, vec![args.tokens.len(), vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None)?;
-    std::fs::write(&args.output, file).with_context(|| format!("{}", args.output.display()))
+    write_whole(&args.output, &file).with_context(|| format!("{}", args.output.display()))
+}
+
+/// Writes the file, and removes what was written of it when that fails (the disk is full).
+fn write_whole(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    let written = file.write_all(contents);
+    if written.is_err() && file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        std::fs::remove_file(path)?;
+    }
+    written
 }

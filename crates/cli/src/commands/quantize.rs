@@ -16,9 +16,9 @@ use marlin_quantize::{
 };
 use serde_json::Value;
 
-use crate::args::{DeviceArgs, DeviceKind};
+use crate::args::{DeviceArgs, DeviceKind, format_names};
 use crate::calibration::{ModelCalibration, read_sequences};
-use crate::device;
+use crate::{bundled, device};
 
 #[cfg(test)]
 mod tests;
@@ -32,14 +32,14 @@ pub struct QuantizeArgs {
     /// Folder to write; it must not exist
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Weight format (fp4_e2m1, nvfp4, mxfp4, int4_s4, int3, ...), or int, nf or fp with --bits
     #[arg(long, value_name = "F", value_parser = format_choice)]
+    #[arg(help = format!("Weight format: {}; or int, nf or fp with --bits", format_names()))]
     format: FormatChoice,
     /// Bits of one weight, to choose among the int, nf or fp formats
     #[arg(long, value_name = "B")]
     bits: Option<u32>,
     /// Weights along K that share a scale [default: the format's own, mostly 128]
-    #[arg(long, value_name = "G")]
+    #[arg(long, value_name = "G", value_parser = crate::args::at_least_one, allow_negative_numbers = true)]
     group: Option<usize>,
     /// How weights become codes [default: gptq with --calibration, else rtn]
     #[arg(long, value_enum)]
@@ -239,8 +239,9 @@ struct Slice {
 }
 
 impl Input {
-    /// Opens a dense model folder and checks that every tensor of its architecture is there.
+    /// Opens a dense model folder and checks that every tensor of its architecture is there, and no other.
     fn open(dir: &Path) -> Result<Self> {
+        let dir = &bundled::model_dir(Some(dir))?;
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
         let config_json: Value =
@@ -256,6 +257,10 @@ impl Input {
         for vector in input.config.vector_tensors() {
             input.checkpoint.dense(&vector.name, &[vector.len])?;
         }
+        for module in input.config.linear_modules().iter().filter(|module| module.bias) {
+            input.checkpoint.vector(&format!("{}.bias", module.name), module.out_features)?;
+        }
+        input.config.check_no_extra_tensors(&input.checkpoint)?;
         Ok(input)
     }
 
@@ -273,11 +278,7 @@ impl Input {
             if let Some(slice) = self.fused_slice(&name, n, k)? {
                 self.slices.insert(name.clone(), slice);
             } else {
-                let tensor = format!("{name}.weight");
-                let stored = self.checkpoint.get(&tensor);
-                if stored.is_none_or(|stored| stored.shape != [n, k]) {
-                    self.checkpoint.dense(&tensor, &[n, k])?;
-                }
+                self.check_shape(&format!("{name}.weight"), &[n, k])?;
             }
             self.modules.push(Module::new(name, n, k, layers));
         }
@@ -304,13 +305,18 @@ impl Input {
             "up_proj" => (fused("gate_up_proj"), 2 * expert + 1, 2),
             _ => (fused("down_proj"), expert, 1),
         };
-        let shape = self.checkpoint.get(&tensor).map(|stored| stored.shape.to_vec());
-        let experts = shape.as_ref().and_then(|shape| shape.first().copied()).unwrap_or(0);
+        let experts = self.checkpoint.get(&tensor).and_then(|stored| stored.shape.first().copied()).unwrap_or(0);
         let expected = [experts.max(expert + 1), parts * n, k];
-        if shape.as_deref() != Some(&expected[..]) {
-            self.checkpoint.dense(&tensor, &expected)?;
-        }
+        self.check_shape(&tensor, &expected)?;
         Ok(Some(Slice { tensor, start: index * n * k }))
+    }
+
+    /// Checks that a tensor is there with these dimensions; its values are looked at when they are quantized.
+    fn check_shape(&self, tensor: &str, dims: &[usize]) -> Result<()> {
+        if self.checkpoint.tensor(tensor)?.dims() != dims {
+            self.checkpoint.dense(tensor, dims)?;
+        }
+        Ok(())
     }
 
     /// The stored weight of a module.

@@ -8,7 +8,7 @@ use marlin_formats::{DType, Format};
 use marlin_models::{HeadFormat, SynthOptions, synth, synth_presets};
 
 use super::progress_bar;
-use crate::args::at_least_one;
+use crate::args::{at_least_one, format_names};
 
 /// Type of the weights that are not quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -24,12 +24,12 @@ enum PlainType {
 /// Arguments of `marlin synth`.
 #[derive(Args)]
 pub struct SynthArgs {
-    /// Architecture, for example qwen3-0.6b, qwen3-30b-a3b, glm-4.7-flash
+    #[arg(help = format!("Architecture: {}", synth_presets().join(", ")))]
     arch: String,
     /// Folder to write; it must not exist
     out: PathBuf,
-    /// Format of the linear layers [default: plain weights]
     #[arg(long, value_name = "F")]
+    #[arg(help = format!("Format of the linear layers: {} [default: plain weights]", format_names()))]
     format: Option<Format>,
     /// Weights along the input that share a scale [default: the format's own]
     #[arg(long, value_name = "G", value_parser = at_least_one)]

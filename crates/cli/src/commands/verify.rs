@@ -9,7 +9,7 @@ use marlin_conformance::{CaseResult, Family, Report, VerifyOptions};
 use marlin_cpu::Cpu;
 use serde_json::json;
 
-use crate::args::{DeviceArgs, DeviceKind, at_least_one};
+use crate::args::{DeviceArgs, DeviceKind, threads};
 use crate::device;
 
 /// Arguments of `marlin verify`.
@@ -25,7 +25,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
     /// Print one JSON object with every result
     #[arg(long)]

@@ -281,3 +281,18 @@ fn nan_weights_and_missing_tensors_are_named() {
     fs::write(folder.path("in/config.json"), config.to_string()).unwrap();
     folder.refuses("--format int4", &["model.layers.", "missing"]);
 }
+
+#[test]
+fn missing_biases_and_extra_tensors_are_named() {
+    let change = |golden: &str, field: &str, value: Value| {
+        let folder = Folder::new(golden);
+        let mut config = folder.config(&folder.path("in"));
+        config[field] = value;
+        fs::write(folder.path("in/config.json"), config.to_string()).unwrap();
+        folder
+    };
+    let folder = change("llama-base", "attention_bias", json!(true));
+    folder.refuses("--format int4", &["model.layers.0.self_attn.q_proj.bias", "missing"]);
+    let folder = change("glm4_moe_lite-base", "num_nextn_predict_layers", json!(0));
+    folder.refuses("--format int4", &["model.layers.3.", "not part of this architecture"]);
+}
