@@ -1,5 +1,6 @@
 //! Tensor storage and typed access to it.
 
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use marlin_formats::DType;
 use marlin_ops::{OpError, Result, Tensor};
@@ -172,14 +173,8 @@ impl<'a> FloatsMut<'a> {
         let range = start..start + values.len();
         match self {
             Self::F32(out) => out[range].copy_from_slice(values),
-            Self::F16(out) => round_into(&mut out[range], values, |v| f16::from_f32(v).to_bits()),
-            Self::BF16(out) => round_into(&mut out[range], values, |v| bf16::from_f32(v).to_bits()),
+            Self::F16(out) => out[range].reinterpret_cast_mut::<f16>().convert_from_f32_slice(values),
+            Self::BF16(out) => out[range].reinterpret_cast_mut::<bf16>().convert_from_f32_slice(values),
         }
-    }
-}
-
-fn round_into(out: &mut [u16], values: &[f32], round: impl Fn(f32) -> u16) {
-    for (out, &v) in out.iter_mut().zip(values) {
-        *out = round(v);
     }
 }

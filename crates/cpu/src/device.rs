@@ -12,7 +12,7 @@ use crate::workspace::Workspace;
 /// An instruction set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Isa {
-    /// `MARLIN_ISA` (`portable`, `avx2`, `avx512`) if set, else the best that the machine has.
+    /// `MARLIN_ISA` (`portable`, `avx2`, `avx512`, `neon`) if set, else the best that the machine has.
     #[default]
     Auto,
     /// Plain Rust.
@@ -21,6 +21,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, VNNI.
     Avx512,
+    /// NEON with the dot-product instructions (Armv8.2 and later, all Apple silicon).
+    Neon,
 }
 
 /// How a [`Cpu`] computes.
@@ -70,6 +72,8 @@ impl Cpu {
             Level::Avx2(_) => Isa::Avx2,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512(_) => Isa::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon(_) => Isa::Neon,
         }
     }
 
@@ -93,8 +97,9 @@ fn isa_from_environment() -> Result<Isa> {
         Some("portable") => Ok(Isa::Portable),
         Some("avx2") => Ok(Isa::Avx2),
         Some("avx512") => Ok(Isa::Avx512),
+        Some("neon") => Ok(Isa::Neon),
         _ => {
-            let reason = format!("is {name:?}, expected portable, avx2 or avx512");
+            let reason = format!("is {name:?}, expected portable, avx2, avx512 or neon");
             Err(OpError::value("cpu", "MARLIN_ISA", reason))
         }
     }
@@ -109,10 +114,11 @@ fn level(isa: Isa) -> Result<Level> {
         })
     };
     match isa {
-        Isa::Auto => Ok(Level::avx512().or_else(Level::avx2).unwrap_or(Level::PORTABLE)),
+        Isa::Auto => Ok(Level::best()),
         Isa::Portable => Ok(Level::PORTABLE),
         Isa::Avx2 => required(Level::avx2(), "AVX2, FMA or F16C"),
         Isa::Avx512 => required(Level::avx512(), "AVX-512 F, BW, VL or VNNI"),
+        Isa::Neon => required(Level::neon(), "NEON or its dot-product instructions"),
     }
 }
 

@@ -79,15 +79,29 @@ impl Cpu {
     }
 }
 
-/// Adds `x` to the residual in place (`h = x + residual`) and copies `h` to `out`; without a residual `h` is `x`.
-fn add_residual(x: &[f32], residual: Option<&mut [f32]>, out: &mut [f32]) {
-    match residual {
-        None => out.copy_from_slice(x),
-        Some(residual) => {
-            for ((h, x), out) in residual.iter_mut().zip(x).zip(out) {
-                *h += x;
-                *out = *h;
-            }
+/// Rows of `h`: `x`, or `x + residual`, which also becomes the residual.
+enum Input<'a> {
+    X(&'a [f32]),
+    /// Already written to the output.
+    Done,
+}
+
+impl<'a> Input<'a> {
+    fn new(x: &'a [f32], residual: Option<&mut [f32]>, out: &mut [f32]) -> Self {
+        let Some(residual) = residual else {
+            return Self::X(x);
+        };
+        for ((h, x), out) in residual.iter_mut().zip(x).zip(out) {
+            *h += x;
+            *out = *h;
+        }
+        Self::Done
+    }
+
+    /// Puts row `i` into `row`.
+    fn load(&self, i: usize, row: &mut [f32]) {
+        if let Self::X(x) = self {
+            row.copy_from_slice(&x[i * row.len()..][..row.len()]);
         }
     }
 }
@@ -101,8 +115,9 @@ impl NormOps for Cpu {
         let x = f32s(OP, "x", args.x)?;
         let residual = args.residual.map(|r| f32s_mut(OP, "residual", r)).transpose()?;
         let out = f32s_mut(OP, "out", args.out)?;
-        add_residual(x, residual, out);
-        self.for_rows(out, columns, |_, row| {
+        let input = Input::new(x, residual, out);
+        self.for_rows(out, columns, |i, row| {
+            input.load(i, row);
             self.level.run(NormalizeRow { norm, row });
         });
         Ok(())
@@ -127,9 +142,12 @@ impl NormOps for Cpu {
         let x = f32s(OP, "x", args.x)?;
         let residual = args.residual.map(|r| f32s_mut(OP, "residual", r)).transpose()?;
         let out = f32s_mut(OP, "out", args.out)?;
-        add_residual(x, residual, out);
+        let input = Input::new(x, residual, out);
         let eps = f64::from(args.eps);
-        self.for_rows(out, columns, |_, row| layer_norm_row(row, gamma, beta, eps));
+        self.for_rows(out, columns, |i, row| {
+            input.load(i, row);
+            layer_norm_row(row, gamma, beta, eps);
+        });
         Ok(())
     }
 }

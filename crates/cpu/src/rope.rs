@@ -6,6 +6,7 @@ use marlin_ops::{Result, RopeOps};
 use crate::Cpu;
 use crate::buffer::{FloatsMut, f32s, f32s_mut, optional_f32s, u32s};
 use crate::norm::{NormalizeRow, RmsNorm};
+use crate::simd::{Kernel, Simd};
 
 /// cos and sin rows of a table.
 struct Angles<'a> {
@@ -34,29 +35,49 @@ impl<'a> Angles<'a> {
     }
 }
 
-/// Rotates `2 cos.len()` channels; `scratch` is as long.
-fn rotate(x: &mut [f32], (cos, sin): (&[f32], &[f32]), sign: f32, pairing: Pairing, scratch: &mut [f32]) {
-    let half = cos.len();
-    let turn = |a: f32, b: f32, c: f32, s: f32| (a * c - b * s, b * c + a * s);
-    match pairing {
-        Pairing::Interleaved => {
-            for ((pair, c), s) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
-                (pair[0], pair[1]) = turn(pair[0], pair[1], *c, sign * s);
-            }
-        }
-        Pairing::Half => {
-            let (first, second) = x.split_at_mut(half);
-            let pairs = first.iter_mut().zip(second);
-            for (((a, b), c), s) in pairs.zip(cos).zip(sin) {
-                (*a, *b) = turn(*a, *b, *c, sign * s);
-            }
-        }
-        Pairing::InterleavedToHalf => {
-            scratch.copy_from_slice(x);
-            let (first, second) = x.split_at_mut(half);
-            let pairs = scratch.as_chunks::<2>().0;
-            for (i, pair) in pairs.iter().enumerate() {
-                (first[i], second[i]) = turn(pair[0], pair[1], cos[i], sign * sin[i]);
+/// Rotates each head's `2 half` channels from `offset`; `scratch` is as long.
+struct Rotate<'a, 'b> {
+    heads: &'a mut [f32],
+    head_dim: usize,
+    offset: usize,
+    angles: (&'b [f32], &'b [f32]),
+    sign: f32,
+    pairing: Pairing,
+    scratch: &'a mut [f32],
+}
+
+impl Kernel for Rotate<'_, '_> {
+    type Output = ();
+
+    // Plain loops: the compiler makes vectors of them.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let (cos, sin) = self.angles;
+        let half = cos.len();
+        let turn = |a: f32, b: f32, c: f32, s: f32| (a * c - b * s, b * c + a * s);
+        for head in self.heads.chunks_exact_mut(self.head_dim) {
+            let x = &mut head[self.offset..self.offset + 2 * half];
+            match self.pairing {
+                Pairing::Interleaved => {
+                    for ((pair, c), s) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                        (pair[0], pair[1]) = turn(pair[0], pair[1], *c, self.sign * s);
+                    }
+                }
+                Pairing::Half => {
+                    let (first, second) = x.split_at_mut(half);
+                    let pairs = first.iter_mut().zip(second);
+                    for (((a, b), c), s) in pairs.zip(cos).zip(sin) {
+                        (*a, *b) = turn(*a, *b, *c, self.sign * s);
+                    }
+                }
+                Pairing::InterleavedToHalf => {
+                    self.scratch.copy_from_slice(x);
+                    let (first, second) = x.split_at_mut(half);
+                    let pairs = self.scratch.as_chunks::<2>().0;
+                    for (i, pair) in pairs.iter().enumerate() {
+                        (first[i], second[i]) = turn(pair[0], pair[1], cos[i], self.sign * sin[i]);
+                    }
+                }
             }
         }
     }
@@ -69,14 +90,17 @@ impl RopeOps for Cpu {
         let angles = Angles::new(OP, args.table, positions)?;
         let (heads, head_dim) = (args.x.dims()[1], args.x.dims()[2]);
         let sign = if args.inverse { -1.0 } else { 1.0 };
-        let rotated = args.offset..args.offset + 2 * angles.half;
         let x = f32s_mut(OP, "x", args.x)?;
         self.for_rows(x, heads * head_dim, |t, row| {
-            let mut scratch = self.workspace.floats.take(2 * angles.half);
-            for head in row.chunks_exact_mut(head_dim) {
-                let channels = &mut head[rotated.clone()];
-                rotate(channels, angles.at(positions[t]), sign, args.pairing, &mut scratch);
-            }
+            self.level.run(Rotate {
+                heads: row,
+                head_dim,
+                offset: args.offset,
+                angles: angles.at(positions[t]),
+                sign,
+                pairing: args.pairing,
+                scratch: &mut self.workspace.floats.take(2 * angles.half),
+            });
         });
         Ok(())
     }
@@ -100,7 +124,15 @@ impl RopeOps for Cpu {
                 let norm = RmsNorm { gamma, gamma_offset: 0.0, eps: args.eps };
                 self.level.run(NormalizeRow { norm, row: latent });
             }
-            rotate(rope, angles.at(positions[t]), 1.0, args.pairing, swap);
+            self.level.run(Rotate {
+                head_dim: rope.len().max(1),
+                heads: rope,
+                offset: 0,
+                angles: angles.at(positions[t]),
+                sign: 1.0,
+                pairing: args.pairing,
+                scratch: swap,
+            });
             cache.store((first + t) * width, row);
         }
         Ok(())

@@ -1,11 +1,19 @@
 //! Online softmax over tiles of keys for a block of queries (Milakov & Gimelshein 2018; Dao et al. 2022).
+//!
+//! Scores and weighted values are both products of rows with a tile of 64 columns: keys are transposed as they are
+//! widened, so that a lane is a key, and values lie in column blocks. Every sum runs over ascending k, whichever rows
+//! share a register block.
+
+use std::ops::Range;
 
 use crate::buffer::{Floats, widen};
-use crate::simd::math::{dot, exp};
+use crate::simd::math::exp;
 use crate::simd::{Kernel, LANES, Simd};
 
-/// Keys decoded at once.
-pub(super) const TILE: usize = 64;
+/// Keys of a tile, and columns of a block of values.
+const TILE: usize = 64;
+/// Vectors of a tile's row.
+const VECTORS: usize = TILE / LANES;
 
 /// `columns` rounded up to whole vectors.
 pub(super) fn padded(columns: usize) -> usize {
@@ -42,8 +50,7 @@ pub(super) struct Flash<'a, 'b> {
     pub(super) queries: &'a [Query<'a>],
     /// Pieces side by side that make up a key.
     pub(super) keys: &'a [CacheRows<'a>],
-    /// Values, or none when they are the first columns of the keys.
-    pub(super) values: Option<CacheRows<'a>>,
+    pub(super) values: CacheRows<'a>,
     pub(super) scale: f32,
     pub(super) softcap: Option<f32>,
     /// [`Flash::scratch_len`] floats.
@@ -54,17 +61,58 @@ pub(super) struct Flash<'a, 'b> {
     pub(super) seen: &'b mut [bool],
 }
 
-/// Running maximum and denominator of one query.
-#[derive(Clone, Copy)]
-struct State {
-    max: f32,
-    sum: f32,
+/// A row of a tile.
+type TileRow = [f32; TILE];
+
+/// Parts of the scratch memory.
+struct Workspace<'a> {
+    /// Keys, `[key width][TILE]`.
+    keys: &'a mut [TileRow],
+    /// Values, `[blocks of TILE columns][TILE keys]`.
+    values: &'a mut [TileRow],
+    /// Sixteen widened keys, `[LANES][key width]`.
+    stage: &'a mut [f32],
+    /// Scores, then probabilities, by query.
+    scores: &'a mut [TileRow],
+    /// Running maximum and denominator, by query.
+    states: &'a mut [[f32; 2]],
+    /// What each query sees of the tile.
+    visible: &'a mut [Visible],
 }
+
+/// Keys of a tile that a query sees.
+#[derive(Clone, Copy, Default)]
+struct Visible {
+    lo: usize,
+    hi: usize,
+    /// One bit for each key of the tile: those between that a mask hides.
+    hidden: u64,
+}
+
+impl<'a> Workspace<'a> {
+    fn new(scratch: &'a mut [f32], visible: &'a mut [Visible], key_width: usize, value_width: usize) -> Self {
+        let rows = visible.len();
+        let (tiles, rest) = scratch.as_chunks_mut::<TILE>().0.split_at_mut(key_width + value_rows(value_width));
+        let (keys, values) = tiles.split_at_mut(key_width);
+        let (scores, rest) = rest.split_at_mut(rows);
+        let (stage, states) = rest.as_flattened_mut().split_at_mut(LANES * key_width);
+        Self { keys, values, stage, scores, states: &mut states.as_chunks_mut().0[..rows], visible }
+    }
+}
+
+/// Rows of a tile of values.
+const fn value_rows(value_width: usize) -> usize {
+    value_width.div_ceil(TILE) * TILE
+}
+
+/// Most queries of one call.
+pub(super) const MAX_ROWS: usize = 64;
 
 impl Flash<'_, '_> {
     /// Scratch for key and value widths (padded) and a number of queries.
     pub(super) fn scratch_len(key_width: usize, value_width: usize, rows: usize) -> usize {
-        TILE * (key_width + value_width) + 2 * rows
+        let rest = (LANES * key_width + 2 * rows).next_multiple_of(TILE);
+        TILE * (key_width + value_rows(value_width) + rows) + rest
     }
 }
 
@@ -75,10 +123,9 @@ impl Kernel for Flash<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let rows = self.queries.len();
         let (width, value_width) = (self.q.len() / rows, self.out.len() / rows);
-        let (key_tile, rest) = self.scratch.split_at_mut(TILE * width);
-        let (value_tile, states) = rest.split_at_mut(TILE * value_width);
-        let (states, _) = states.as_chunks_mut::<2>();
-        for (state, query) in states.iter_mut().zip(self.queries) {
+        let mut visible = [Visible::default(); MAX_ROWS];
+        let mut work = Workspace::new(self.scratch, &mut visible[..rows], width, value_width);
+        for (state, query) in work.states.iter_mut().zip(self.queries) {
             *state = match query.sink {
                 Some(sink) if sink != f32::NEG_INFINITY => [sink, 1.0],
                 _ => [f32::NEG_INFINITY, 0.0],
@@ -89,36 +136,28 @@ impl Kernel for Flash<'_, '_> {
         let end = self.queries.iter().map(|q| q.end).max().unwrap_or(0);
         for j0 in (first..end).step_by(TILE) {
             let count = TILE.min(end - j0);
-            load_tile(s, self.keys, j0, count, width, key_tile);
-            if let Some(values) = self.values {
-                load_tile(s, &[values], j0, count, value_width, value_tile);
-            }
-            let (values, stride) = match self.values {
-                Some(_) => (&value_tile[..], value_width),
-                None => (&key_tile[..], width),
-            };
+            load_keys(s, self.keys, j0, count, width, &mut work);
+            load_values(s, self.values, j0, count, work.values);
+            score(s, self.q, self.queries, j0, &mut work);
             for (r, query) in self.queries.iter().enumerate() {
-                let (lo, hi) = (query.first.max(j0), query.end.min(j0 + count));
-                if lo >= hi {
-                    continue;
-                }
-                let mut scores = [f32::NEG_INFINITY; TILE];
-                let visible = lo - j0..hi - j0;
-                let q = &self.q[r * width..(r + 1) * width];
-                score(s, q, key_tile, visible.clone(), &mut scores);
-                finish_scores(&mut scores[visible.clone()], self.scale, self.softcap);
-                if let Some(mask) = query.mask {
-                    for (score, m) in scores[visible.clone()].iter_mut().zip(&mask[lo..hi]) {
-                        *score += m;
-                    }
-                }
-                let state = State { max: states[r][0], sum: states[r][1] };
                 let out = &mut self.out[r * value_width..(r + 1) * value_width];
-                let state = accumulate(s, &mut scores, visible, values, stride, state, out);
-                states[r] = [state.max, state.sum];
+                let seen = query.first.max(j0)..query.end.min(j0 + count);
+                work.visible[r] = if seen.is_empty() {
+                    Visible::default()
+                } else {
+                    let scores = &mut work.scores[r];
+                    finish_scores(scores, seen.start - j0..seen.end - j0, self.scale, self.softcap);
+                    if let Some(mask) = query.mask {
+                        for (score, m) in scores[seen.start - j0..].iter_mut().zip(&mask[seen.clone()]) {
+                            *score += m;
+                        }
+                    }
+                    soften(s, scores, seen.start - j0..seen.end - j0, &mut work.states[r], out)
+                };
             }
+            add_values(s, &work, value_width, self.out);
         }
-        for (r, &[_, sum]) in states.iter().take(rows).enumerate() {
+        for (r, &mut [_, sum]) in work.states.iter_mut().enumerate() {
             self.seen[r] = sum != 0.0;
             if self.seen[r] {
                 for v in &mut self.out[r * value_width..(r + 1) * value_width] {
@@ -129,140 +168,265 @@ impl Kernel for Flash<'_, '_> {
     }
 }
 
-/// Widens `count` rows from `j0` into rows of `width`, padding 0.
+/// Widens and transposes `count` keys from `j0`; columns past `count` hold anything.
 #[inline(always)]
-fn load_tile<S: Simd>(s: S, pieces: &[CacheRows<'_>], j0: usize, count: usize, width: usize, tile: &mut [f32]) {
-    for (i, row) in tile.chunks_exact_mut(width).take(count).enumerate() {
-        let mut at = 0;
-        for piece in pieces {
-            let start = piece.start + (j0 + i) * piece.stride;
-            widen(s, piece.data, start, &mut row[at..at + piece.width]);
-            at += piece.width;
+fn load_keys<S: Simd>(s: S, pieces: &[CacheRows<'_>], j0: usize, count: usize, width: usize, work: &mut Workspace<'_>) {
+    for at in (0..count).step_by(LANES) {
+        for (i, row) in work.stage.chunks_exact_mut(width).take(count - at).enumerate() {
+            let mut column = 0;
+            for piece in pieces {
+                let start = piece.start + (j0 + at + i) * piece.stride;
+                widen(s, piece.data, start, &mut row[column..column + piece.width]);
+                column += piece.width;
+            }
+            row[column..].fill(0.0);
         }
-        row[at..].fill(0.0);
+        for (d, columns) in work.keys.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let mut block = [s.splat(0.0); LANES];
+            for (row, stage) in block.iter_mut().zip(work.stage.chunks_exact(width)) {
+                *row = s.load(&stage.as_chunks().0[d]);
+            }
+            for (column, row) in columns.iter_mut().zip(s.transpose(block)) {
+                s.store(row, &mut column.as_chunks_mut().0[at / LANES]);
+            }
+        }
     }
 }
 
-/// `scores[j] = q . key j`.
+/// Widens `count` values from `j0` into blocks of [`TILE`] columns.
 #[inline(always)]
-fn score<S: Simd>(s: S, q: &[f32], keys: &[f32], visible: std::ops::Range<usize>, scores: &mut [f32; TILE]) {
-    let width = q.len();
-    let mut j = visible.start;
-    while j + 4 <= visible.end {
-        let four = &keys[j * width..(j + 4) * width];
-        let sums = dot4_keys(s, q, four);
-        scores[j..j + 4].copy_from_slice(&sums);
-        j += 4;
-    }
-    while j < visible.end {
-        scores[j] = dot(s, q, &keys[j * width..(j + 1) * width]);
-        j += 1;
+fn load_values<S: Simd>(s: S, values: CacheRows<'_>, j0: usize, count: usize, tile: &mut [TileRow]) {
+    for (c, block) in tile.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+        let width = TILE.min(values.width - c * TILE);
+        for (j, row) in block[..count].iter_mut().enumerate() {
+            let start = values.start + (j0 + j) * values.stride + c * TILE;
+            widen(s, values.data, start, &mut row[..width]);
+        }
     }
 }
 
-/// Dot products of q with four consecutive keys, each with the arithmetic of [`dot`].
+/// `acc[r][c] += sum_k a[r][k] b[k][c]` for `R` rows and `C` vectors of columns, one product after the other.
+struct AddProducts<'a, const R: usize, const C: usize> {
+    /// Row r starts at element `r a_stride`.
+    a: &'a [f32],
+    a_stride: usize,
+    b: &'a [TileRow],
+    /// Row r starts at element `r acc_stride`.
+    acc: &'a mut [f32],
+    acc_stride: usize,
+}
+
+impl<const R: usize, const C: usize> Kernel for AddProducts<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut rows: [&[f32]; R] = [&[]; R];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = &self.a[r * self.a_stride..][..self.b.len()];
+        }
+        let mut acc = [[s.splat(0.0); C]; R];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let lines = self.acc[r * self.acc_stride..][..C * LANES].as_chunks().0;
+            for c in 0..C {
+                acc[c] = s.load(&lines[c]);
+            }
+        }
+        for (k, b) in self.b.iter().enumerate() {
+            let b = b.as_chunks().0;
+            let mut columns = [s.splat(0.0); C];
+            for c in 0..C {
+                columns[c] = s.load(&b[c]);
+            }
+            for r in 0..R {
+                let a = s.splat(rows[r][k]);
+                for c in 0..C {
+                    acc[r][c] = s.fma(a, columns[c], acc[r][c]);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            let lines = self.acc[r * self.acc_stride..][..C * LANES].as_chunks_mut().0;
+            for c in 0..C {
+                s.store(acc[c], &mut lines[c]);
+            }
+        }
+    }
+}
+
+/// [`AddProducts`] of `vectors` vectors of columns; each size is compiled by itself, with all registers to its sums.
 #[inline(always)]
-fn dot4_keys<S: Simd>(s: S, q: &[f32], keys: &[f32]) -> [f32; 4] {
-    let mut out = [0.0; 4];
-    for (out, key) in out.iter_mut().zip(keys.chunks_exact(q.len())) {
-        *out = dot(s, q, key);
+fn add_products<S: Simd, const R: usize>(
+    s: S,
+    vectors: usize,
+    (a, a_stride): (&[f32], usize),
+    b: &[TileRow],
+    (acc, acc_stride): (&mut [f32], usize),
+) {
+    match vectors {
+        0 => {}
+        1 => s.outlined(AddProducts::<R, 1> { a, a_stride, b, acc, acc_stride }),
+        2 => s.outlined(AddProducts::<R, 2> { a, a_stride, b, acc, acc_stride }),
+        3 => s.outlined(AddProducts::<R, 3> { a, a_stride, b, acc, acc_stride }),
+        _ => s.outlined(AddProducts::<R, VECTORS> { a, a_stride, b, acc, acc_stride }),
     }
-    out
 }
 
-fn finish_scores(scores: &mut [f32], scale: f32, softcap: Option<f32>) {
-    for score in &mut *scores {
+/// Rows that fit the registers, of `left`.
+#[inline(always)]
+fn row_block<S: Simd>(left: usize) -> usize {
+    match left {
+        6.. if S::WIDE => 6,
+        2.. if S::WIDE => 2,
+        _ => 1,
+    }
+}
+
+/// `scores[r][j] = q[r] . key j` for the keys of the tile at `j0` that some query of a register block sees.
+#[inline(always)]
+fn score<S: Simd>(s: S, q: &[f32], queries: &[Query<'_>], j0: usize, work: &mut Workspace<'_>) {
+    let (width, rows, mut r) = (work.keys.len(), work.scores.len(), 0);
+    while r < rows {
+        let block = row_block::<S>(rows - r);
+        let end = queries[r..r + block].iter().map(|q| q.end).max().unwrap_or(0);
+        let vectors = end.saturating_sub(j0).div_ceil(LANES);
+        let q = (&q[r * width..], width);
+        let scores = work.scores[r..r + block].as_flattened_mut();
+        scores.fill(0.0);
+        match block {
+            6 => add_products::<S, 6>(s, vectors, q, work.keys, (scores, TILE)),
+            2 => add_products::<S, 2>(s, vectors, q, work.keys, (scores, TILE)),
+            _ => add_products::<S, 1>(s, vectors, q, work.keys, (scores, TILE)),
+        }
+        r += block;
+    }
+}
+
+/// Scale and soft cap; scores outside `visible` become -inf.
+#[inline(always)]
+fn finish_scores(scores: &mut TileRow, visible: Range<usize>, scale: f32, softcap: Option<f32>) {
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
+    for score in &mut scores[visible.clone()] {
         *score *= scale;
     }
     if let Some(cap) = softcap {
-        for score in scores {
+        for score in &mut scores[visible] {
             *score = cap * (*score / cap).tanh();
         }
     }
 }
 
-/// Folds the scores of one tile into the state; scores outside `visible` are -inf, and a key whose score is -inf is
-/// hidden: its value is not read.
+/// Turns scores into probabilities relative to the running maximum and shrinks `out` to it. A key whose score is -inf
+/// is hidden.
 #[inline(always)]
-fn accumulate<S: Simd>(
+fn soften<S: Simd>(
     s: S,
-    scores: &mut [f32; TILE],
-    visible: std::ops::Range<usize>,
-    values: &[f32],
-    stride: usize,
-    state: State,
+    scores: &mut TileRow,
+    visible: Range<usize>,
+    state: &mut [f32; 2],
     out: &mut [f32],
-) -> State {
-    let mut max = s.splat(state.max);
-    for chunk in scores.as_chunks::<LANES>().0 {
+) -> Visible {
+    let [old_max, old_sum] = *state;
+    let mut max = s.splat(old_max);
+    for chunk in scores.as_chunks().0 {
         max = s.max(s.load(chunk), max);
     }
     let max = s.reduce_max(max);
+    let hidden = hidden_keys(&scores[visible.clone()]) << visible.start;
     if max == f32::NEG_INFINITY && !scores[visible.clone()].iter().any(|v| v.is_nan()) {
-        return state;
+        return Visible::default();
     }
-    let hidden = scores.map(|v| v == f32::NEG_INFINITY);
     let mut sum = s.splat(0.0);
-    for chunk in scores.as_chunks_mut::<LANES>().0 {
+    for chunk in scores.as_chunks_mut().0 {
+        // Hidden keys get exactly 0.
         let p = exp(s, s.sub(s.load(chunk), s.splat(max)));
         sum = s.add(sum, p);
         s.store(p, chunk);
     }
-    let shrink = match state.max == f32::NEG_INFINITY {
+    let shrink = match old_max == f32::NEG_INFINITY {
         true => 0.0,
-        false => (state.max - max).exp(),
+        false => (old_max - max).exp(),
     };
     if shrink != 1.0 {
         for v in &mut *out {
             *v *= shrink;
         }
     }
-    let mut j = visible.start;
-    while j < visible.end {
-        if hidden[j] {
-            j += 1;
-            continue;
-        }
-        let run = j;
-        while j < visible.end && !hidden[j] {
-            j += 1;
-        }
-        add_values(s, &scores[run..j], &values[run * stride..], stride, out);
-    }
-    State { max, sum: state.sum * shrink + s.reduce_add(sum) }
+    *state = [max, old_sum * shrink + s.reduce_add(sum)];
+    Visible { lo: visible.start, hi: visible.end, hidden }
 }
 
-/// `out += sum_j p_j row_j`.
+/// One bit for each score of -inf.
 #[inline(always)]
-fn add_values<S: Simd>(s: S, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    const WIDTH: usize = 4 * LANES;
-    let (wide, rest) = out.as_chunks_mut::<WIDTH>();
-    let done = wide.len() * WIDTH;
-    for (c, out) in wide.iter_mut().enumerate() {
-        let (lanes, _) = out.as_chunks_mut::<LANES>();
-        let mut acc = [s.splat(0.0); 4];
-        for (acc, lanes) in acc.iter_mut().zip(&*lanes) {
-            *acc = s.load(lanes);
-        }
-        for (j, &p) in p.iter().enumerate() {
-            let row = &rows[j * stride + c * WIDTH..][..WIDTH];
-            let p = s.splat(p);
-            for (acc, v) in acc.iter_mut().zip(row.as_chunks::<LANES>().0) {
-                *acc = s.fma(p, s.load(v), *acc);
+fn hidden_keys(scores: &[f32]) -> u64 {
+    if !scores.contains(&f32::NEG_INFINITY) {
+        return 0;
+    }
+    let bits = scores.iter().enumerate().map(|(j, &score)| u64::from(score == f32::NEG_INFINITY) << j);
+    bits.fold(0, |bits, bit| bits | bit)
+}
+
+/// `out[r] += sum_j p[r][j] value j` over the keys that each query sees; hidden values are not read.
+#[inline(always)]
+fn add_values<S: Simd>(s: S, work: &Workspace<'_>, value_width: usize, out: &mut [f32]) {
+    let (rows, mut r) = (work.visible.len(), 0);
+    while r < rows {
+        let block = row_block::<S>(rows - r);
+        let visible = &work.visible[r..r + block];
+        let lo = visible.iter().map(|v| v.lo).max().unwrap_or(0);
+        let hi = visible.iter().map(|v| v.hi).min().unwrap_or(0);
+        let out = &mut out[r * value_width..(r + block) * value_width];
+        if lo >= hi || visible.iter().any(|v| v.hidden != 0) {
+            for (i, (v, out)) in visible.iter().zip(out.chunks_exact_mut(value_width)).enumerate() {
+                add_runs(s, work, r + i, *v, out);
+            }
+        } else {
+            // What all see goes together; each row's sum still runs from its first key to its last.
+            for (i, (v, out)) in visible.iter().zip(out.chunks_exact_mut(value_width)).enumerate() {
+                add_blocks::<S, 1>(s, work, r + i, v.lo..lo, out);
+            }
+            match block {
+                6 => add_blocks::<S, 6>(s, work, r, lo..hi, out),
+                2 => add_blocks::<S, 2>(s, work, r, lo..hi, out),
+                _ => add_blocks::<S, 1>(s, work, r, lo..hi, out),
+            }
+            for (i, (v, out)) in visible.iter().zip(out.chunks_exact_mut(value_width)).enumerate() {
+                add_blocks::<S, 1>(s, work, r + i, hi..v.hi, out);
             }
         }
-        for (acc, lanes) in acc.into_iter().zip(lanes) {
-            s.store(acc, lanes);
+        r += block;
+    }
+}
+
+/// One row, skipping hidden keys.
+#[inline(always)]
+fn add_runs<S: Simd>(s: S, work: &Workspace<'_>, r: usize, visible: Visible, out: &mut [f32]) {
+    let is_hidden = |j: usize| visible.hidden >> j & 1 == 1;
+    let mut j = visible.lo;
+    while j < visible.hi {
+        let run = j;
+        while j < visible.hi && !is_hidden(j) {
+            j += 1;
+        }
+        add_blocks::<S, 1>(s, work, r, run..j, out);
+        while j < visible.hi && is_hidden(j) {
+            j += 1;
         }
     }
-    for (c, out) in rest.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-        let at = done + c * LANES;
-        let mut acc = s.load(out);
-        for (j, &p) in p.iter().enumerate() {
-            if let Some(v) = rows[j * stride + at..].first_chunk::<LANES>() {
-                acc = s.fma(s.splat(p), s.load(v), acc);
-            }
-        }
-        s.store(acc, out);
+}
+
+/// `R` rows over the same keys.
+#[inline(always)]
+fn add_blocks<S: Simd, const R: usize>(s: S, work: &Workspace<'_>, r: usize, keys: Range<usize>, out: &mut [f32]) {
+    if keys.is_empty() {
+        return;
+    }
+    let width = out.len() / R;
+    let probabilities = &work.scores[r..r + R].as_flattened()[keys.start..];
+    for (c, block) in work.values.as_chunks::<TILE>().0.iter().enumerate() {
+        let vectors = (width - c * TILE) / LANES;
+        let out = (&mut out[c * TILE..], width);
+        add_products::<S, R>(s, vectors, (probabilities, TILE), &block[keys.clone()], out);
     }
 }

@@ -121,7 +121,7 @@ impl<'a> Mla<'a> {
                 q,
                 queries: &queries[..count],
                 keys: &keys,
-                values: Some(rows_of(d.nope, d.value)),
+                values: rows_of(d.nope, d.value),
                 scale: self.scale,
                 softcap: None,
                 scratch: &mut scratch,
@@ -206,16 +206,14 @@ impl<'a> Mla<'a> {
         }
         let scratch_len = Flash::scratch_len(width, value_width, DECODE_ROWS);
         let mut seen = [false; DECODE_ROWS];
+        let cache_rows =
+            |width| CacheRows { data: self.cache, start: b * d.capacity * row_width, stride: row_width, width };
         cpu.level.run(Flash {
             q: &q,
             queries: &queries[..count],
-            keys: &[CacheRows {
-                data: self.cache,
-                start: b * d.capacity * row_width,
-                stride: row_width,
-                width: row_width,
-            }],
-            values: None,
+            keys: &[cache_rows(row_width)],
+            // The latent part of a row is both key and value.
+            values: cache_rows(d.rank),
             scale: self.scale,
             softcap: None,
             scratch: &mut cpu.workspace.floats.take(scratch_len),

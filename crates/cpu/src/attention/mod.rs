@@ -10,12 +10,12 @@ use marlin_ops::attention::{
 };
 use marlin_ops::{AttentionOps, Result};
 
-use self::flash::{CacheRows, Flash, Query, padded};
+use self::flash::{CacheRows, Flash, MAX_ROWS, Query, padded};
 use crate::Cpu;
 use crate::buffer::{Floats, FloatsMut, f32s, f32s_mut, optional_f32s};
 
 /// Rows (queries times heads of a group) of one task.
-const ROW_BLOCK: usize = 32;
+const ROW_BLOCK: usize = 64;
 
 /// The lowest row that saw no key.
 struct EmptyRows(AtomicUsize);
@@ -128,7 +128,7 @@ impl<'a> Attention<'a> {
                 q: &q[part.start * width..part.end * width],
                 queries,
                 keys: &[rows_of(self.keys, self.head_dim)],
-                values: Some(rows_of(self.values, self.value_dim)),
+                values: rows_of(self.values, self.value_dim),
                 scale: self.scale,
                 softcap: self.softcap,
                 scratch: &mut scratch,
@@ -143,9 +143,6 @@ impl<'a> Attention<'a> {
         }
     }
 }
-
-/// Rows handled by one kernel call.
-const MAX_ROWS: usize = 64;
 
 impl Query<'_> {
     const EMPTY: Self = Self { first: 0, end: 0, mask: None, sink: None };

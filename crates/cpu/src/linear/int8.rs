@@ -403,8 +403,9 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
             if kind::halves(KIND) == 2 {
                 for half in 0..2 {
                     let mut dot = s.splat_i(start::<KIND>(x, half));
-                    for v in 4 * half..4 * half + 4 {
-                        dot = dot4::<S, KIND>(s, dot, bytes[v], x.codes[v]);
+                    let vectors = 4 * half..4 * half + 4;
+                    for (&bytes, &codes) in bytes[vectors.clone()].iter().zip(&x.codes[vectors]) {
+                        dot = dot4::<S, KIND>(s, dot, bytes, codes);
                     }
                     acc = add_scaled::<S, KIND>(s, acc, dot, scales[half], zeros[half], x);
                 }

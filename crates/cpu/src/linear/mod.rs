@@ -184,6 +184,10 @@ impl Cpu {
         let (weight, count) = (layer.weight, rows.len());
         let pair = [(weight, tiles.start), (weight, tiles.start + 1)];
         self.multiply_tiles(&pair[..tiles.len()], x, rows, panels, acc);
+        let sums_only = layer.activation == Activation::None && layer.scale == 1.0 && weight.bias.is_none();
+        if sums_only {
+            return;
+        }
         for (tile, lines) in tiles.zip(acc.chunks_exact_mut(count)) {
             self.level.run(epilogue::Finish {
                 bias: weight.bias_line(tile),
@@ -354,11 +358,19 @@ impl<'a> Addend<'a> {
     /// Writes the first `out.len()` lanes plus the addend; `out` starts at element `start` of the output.
     #[inline]
     fn write(&self, start: usize, line: &Line<f32>, out: &mut [f32]) {
-        let values = &line.0[..out.len()];
+        match out.first_chunk_mut::<LANES>() {
+            // Most tiles are whole: a constant length spares a call.
+            Some(out) => self.write_lanes(start, &line.0[..], &mut out[..]),
+            None => self.write_lanes(start, &line.0[..out.len()], out),
+        }
+    }
+
+    #[inline(always)]
+    fn write_lanes(&self, start: usize, values: &[f32], out: &mut [f32]) {
         match self {
             Self::None => out.copy_from_slice(values),
             Self::Add(residual) => {
-                let residual = &residual[start..start + out.len()];
+                let residual = &residual[start..start + values.len()];
                 for ((out, v), r) in out.iter_mut().zip(values).zip(residual) {
                     *out = v + r;
                 }

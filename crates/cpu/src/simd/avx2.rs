@@ -55,6 +55,16 @@ impl Simd for Avx2 {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline(never)]
+        fn with_features<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
+            kernel.run(s)
+        }
+        intrinsic!(with_features(self, kernel))
+    }
+
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         intrinsic!([_mm256_set1_ps(v); 2])
     }
@@ -147,6 +157,13 @@ impl Simd for Avx2 {
             _mm256_storeu_si256(p.cast(), v[0]);
             _mm256_storeu_si256(p.add(8).cast(), v[1]);
         })
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, data: &[T], index: usize) {
+        if let Some(element) = data.get(index) {
+            intrinsic!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()));
+        }
     }
 
     #[inline(always)]
@@ -256,7 +273,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn dot4(self, acc: Self::I, u: Self::I, x: i32) -> Self::I {
-        // u <= 128 and |x| <= 127 keep every pair of products inside i16.
+        // u <= 127 keeps every pair of products inside i16.
         intrinsic!({
             let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
             let low = _mm256_madd_epi16(_mm256_maddubs_epi16(u[0], x), ones);

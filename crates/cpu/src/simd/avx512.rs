@@ -53,6 +53,16 @@ impl Simd for Avx512 {
     const WIDE: bool = true;
 
     #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+        #[inline(never)]
+        fn with_features<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+            kernel.run(s)
+        }
+        intrinsic!(with_features(self, kernel))
+    }
+
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         intrinsic!(_mm512_set1_ps(v))
     }
@@ -113,6 +123,36 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn transpose(self, v: [Self::F; LANES]) -> [Self::F; LANES] {
+        // No closures here: they would be compiled without the features.
+        let mut quads = v;
+        // Within 128-bit lanes: columns c, 4 + c, 8 + c, 12 + c of rows 4 g .. 4 g + 4 come to `quads[4 g + c]`.
+        for g in [0, 4, 8, 12] {
+            let (a, b, c, d) = (v[g], v[g + 1], v[g + 2], v[g + 3]);
+            let low =
+                intrinsic!((_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d))));
+            let high =
+                intrinsic!((_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))));
+            quads[g] = intrinsic!(_mm512_castpd_ps(_mm512_unpacklo_pd(low.0, low.1)));
+            quads[g + 1] = intrinsic!(_mm512_castpd_ps(_mm512_unpackhi_pd(low.0, low.1)));
+            quads[g + 2] = intrinsic!(_mm512_castpd_ps(_mm512_unpacklo_pd(high.0, high.1)));
+            quads[g + 3] = intrinsic!(_mm512_castpd_ps(_mm512_unpackhi_pd(high.0, high.1)));
+        }
+        // Then the lanes themselves, even and odd ones at a time.
+        let mut out = quads;
+        for i in 0..4 {
+            let (a, b, c, d) = (quads[i], quads[4 + i], quads[8 + i], quads[12 + i]);
+            let even = intrinsic!((_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)));
+            let odd = intrinsic!((_mm512_shuffle_f32x4::<0xDD>(a, b), _mm512_shuffle_f32x4::<0xDD>(c, d)));
+            out[i] = intrinsic!(_mm512_shuffle_f32x4::<0x88>(even.0, even.1));
+            out[4 + i] = intrinsic!(_mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
+            out[8 + i] = intrinsic!(_mm512_shuffle_f32x4::<0xDD>(even.0, even.1));
+            out[12 + i] = intrinsic!(_mm512_shuffle_f32x4::<0xDD>(odd.0, odd.1));
+        }
+        out
+    }
+
+    #[inline(always)]
     fn splat_i(self, v: i32) -> Self::I {
         intrinsic!(_mm512_set1_epi32(v))
     }
@@ -125,6 +165,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn store_i(self, v: Self::I, out: &mut [u32; LANES]) {
         memory!(_mm512_storeu_si512(out.as_mut_ptr().cast(), v))
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, data: &[T], index: usize) {
+        if let Some(element) = data.get(index) {
+            intrinsic!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()));
+        }
     }
 
     #[inline(always)]
@@ -180,6 +227,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn bits_to_f32(self, v: Self::I) -> Self::F {
         intrinsic!(_mm512_castsi512_ps(v))
+    }
+
+    #[inline(always)]
+    fn times_power_of_two(self, v: Self::F, n: Self::I) -> Self::F {
+        intrinsic!(_mm512_scalef_ps(v, _mm512_cvtepi32_ps(n)))
+    }
+
+    #[inline(always)]
+    fn low_bytes(self, v: Self::I) -> [u8; LANES] {
+        let mut out = [0; LANES];
+        memory!(_mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v)));
+        out
     }
 
     #[inline(always)]

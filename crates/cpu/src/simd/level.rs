@@ -1,4 +1,6 @@
 use super::Kernel;
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512};
@@ -14,6 +16,9 @@ pub(crate) enum Level {
     /// AVX-512 F, BW, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// NEON with dot products.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Level {
@@ -36,6 +41,25 @@ impl Level {
         None
     }
 
+    /// NEON with dot products if the machine has it.
+    pub(crate) fn neon() -> Option<Self> {
+        #[cfg(target_arch = "aarch64")]
+        return Neon::detect().map(Self::Neon);
+        #[cfg(not(target_arch = "aarch64"))]
+        None
+    }
+
+    /// The widest instruction set of this machine.
+    pub(crate) fn best() -> Self {
+        Self::avx512().or_else(Self::avx2).or_else(Self::neon).unwrap_or(Self::PORTABLE)
+    }
+
+    /// Every instruction set of this machine.
+    #[cfg(test)]
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        [Some(Self::PORTABLE), Self::avx2(), Self::avx512(), Self::neon()].into_iter().flatten()
+    }
+
     /// Runs a kernel compiled for this instruction set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -45,6 +69,8 @@ impl Level {
             Self::Avx2(s) => s.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(s) => s.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(s) => s.run(kernel),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Vector functions built on [`Simd`].
 
-use super::{LANES, Simd};
+use super::Simd;
 
 /// e^x with a relative error near 1e-7: 0 below the subnormals, +inf above the range, NaN for NaN.
 ///
@@ -18,42 +18,14 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }
-    // A NaN reaches p through r; the factors of such a lane do not matter.
-    let half = s.sar(n, 1);
-    let minus_half = s.add_i(s.xor(half, s.splat_i(-1)), s.splat_i(1));
-    let rest = s.add_i(n, minus_half);
-    s.mul(s.mul(p, power_of_two(s, half)), power_of_two(s, rest))
-}
-
-/// 2^n for normal results.
-#[inline(always)]
-fn power_of_two<S: Simd>(s: S, n: S::I) -> S::F {
-    s.bits_to_f32(s.shl(s.add_i(n, s.splat_i(127)), 23))
-}
-
-/// Dot product of two slices of equal length, a multiple of [`LANES`].
-#[inline(always)]
-pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let zero = s.splat(0.0);
-    let mut acc = [zero; 4];
-    let (a, b) = (a.as_chunks::<LANES>().0, b.as_chunks::<LANES>().0);
-    let (a4, a1) = a.as_chunks::<4>();
-    let (b4, b1) = b.as_chunks::<4>();
-    for (a, b) in a4.iter().zip(b4) {
-        for i in 0..4 {
-            acc[i] = s.fma(s.load(&a[i]), s.load(&b[i]), acc[i]);
-        }
-    }
-    for (a, b) in a1.iter().zip(b1) {
-        acc[0] = s.fma(s.load(a), s.load(b), acc[0]);
-    }
-    s.reduce_add(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+    // A NaN reaches p through r.
+    s.times_power_of_two(p, n)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{Kernel, Level};
+    use crate::simd::{Kernel, LANES, Level};
 
     struct Exp<'a>(&'a mut [f32; LANES]);
 
@@ -66,13 +38,9 @@ mod tests {
         }
     }
 
-    fn levels() -> impl Iterator<Item = Level> {
-        [Some(Level::PORTABLE), Level::avx2(), Level::avx512()].into_iter().flatten()
-    }
-
     #[test]
     fn exp_is_accurate_over_its_range() {
-        for level in levels() {
+        for level in Level::all() {
             for i in 0..20_000 {
                 let x = (i as f32 - 10_000.0) * 0.0087;
                 let mut lanes = [x; LANES];
@@ -87,7 +55,7 @@ mod tests {
 
     #[test]
     fn exp_at_the_ends() {
-        for level in levels() {
+        for level in Level::all() {
             let mut lanes = [0.0; LANES];
             let x = [f32::NEG_INFINITY, -200.0, -103.0, 0.0, 88.7, 89.0, f32::INFINITY, f32::NAN];
             lanes[..8].copy_from_slice(&x);

@@ -7,7 +7,11 @@ mod avx2;
 mod avx512;
 mod level;
 pub(crate) mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use level::Level;
 
@@ -45,6 +49,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// True with 32 vector registers of 64 bytes: kernels block more rows.
     const WIDE: bool;
 
+    /// Runs a kernel as a function of its own, so that it has all registers to itself.
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
+
     fn splat(self, v: f32) -> Self::F;
     fn load(self, v: &[f32; LANES]) -> Self::F;
     fn store(self, v: Self::F, out: &mut [f32; LANES]);
@@ -63,9 +73,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Largest lane; no lane may be NaN.
     fn reduce_max(self, v: Self::F) -> f32;
 
+    /// Lane j of vector i to lane i of vector j.
+    #[inline(always)]
+    fn transpose(self, v: [Self::F; LANES]) -> [Self::F; LANES] {
+        // No closures around vectors: they would be compiled without the features.
+        let mut rows = [[0.0; LANES]; LANES];
+        for (row, v) in rows.iter_mut().zip(v) {
+            self.store(v, row);
+        }
+        let mut out = v;
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = self.load(&rows.map(|row| row[j]));
+        }
+        out
+    }
+
     fn splat_i(self, v: i32) -> Self::I;
     fn load_i(self, v: &[u32; LANES]) -> Self::I;
     fn store_i(self, v: Self::I, out: &mut [u32; LANES]);
+    /// Starts to bring `data[index]` closer, if there is such an element.
+    #[inline(always)]
+    fn prefetch<T>(self, data: &[T], index: usize) {
+        let _ = (data, index);
+    }
     fn load_u8(self, v: &[u8; LANES]) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
     fn or(self, a: Self::I, b: Self::I) -> Self::I;
@@ -82,6 +112,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// f32 to i32, to nearest even; lanes must fit.
     fn round_i(self, v: Self::F) -> Self::I;
     fn bits_to_f32(self, v: Self::I) -> Self::F;
+    /// `v 2^n`, rounded once, for |n| up to 250 and v between 1/2 and 2 (or NaN).
+    #[inline(always)]
+    fn times_power_of_two(self, v: Self::F, n: Self::I) -> Self::F {
+        // Two factors, each of them a normal number.
+        let half = self.sar(n, 1);
+        let minus_half = self.add_i(self.xor(half, self.splat_i(-1)), self.splat_i(1));
+        let rest = self.add_i(n, minus_half);
+        let bias = self.splat_i(127);
+        let first = self.bits_to_f32(self.shl(self.add_i(half, bias), 23));
+        let second = self.bits_to_f32(self.shl(self.add_i(rest, bias), 23));
+        self.mul(self.mul(v, first), second)
+    }
+    /// The lowest byte of each lane.
+    #[inline(always)]
+    fn low_bytes(self, v: Self::I) -> [u8; LANES] {
+        let mut lanes = [0; LANES];
+        self.store_i(v, &mut lanes);
+        lanes.map(|lane| lane as u8)
+    }
 
     /// Widens binary16 bits.
     fn load_f16(self, v: &[u16; LANES]) -> Self::F;
@@ -94,7 +143,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `table[byte]` for each of the 64 bytes; bytes below 16.
     fn lut16_bytes(self, table: &[u8; LANES], index: Self::I) -> Self::I;
     /// `acc + sum of four u8 x i8 products` per lane; the four i8 of `x` are the same for all lanes. Bytes of `u` at
-    /// most 128.
+    /// most 127, so that they are their own value as i8 too: codes of 2 to 4 bits stay below 32.
     fn dot4(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
     /// [`Simd::dot4`] for any bytes of `u`.
     fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;

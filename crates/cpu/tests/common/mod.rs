@@ -10,7 +10,7 @@ use marlin_ops::{Backend, HostTensor, Result, Tensor};
 
 /// Every instruction set of this machine with two thread counts.
 pub fn cpus(exact: bool) -> Vec<Cpu> {
-    let sets = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    let sets = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
     let found: Vec<Cpu> = sets
         .into_iter()
         .flat_map(|isa| [(isa, 1), (isa, 3)])
