@@ -225,7 +225,8 @@ impl<'a> ExpertMlp<'a> {
         let x = self.activations(false);
         let (tiles, grain) = self.padded_tiles(self.intermediate);
         let mut hidden = cpu.workspace.lines.take(slots * tiles);
-        cpu.pool.for_chunks(&mut hidden, grain, |i, lines| {
+        let work = slots * self.hidden * self.intermediate;
+        cpu.pool.for_chunks_of(2 * work, &mut hidden, grain, |i, lines| {
             let (slot, first) = (i * grain / tiles, i * grain % tiles);
             let (expert, token) = (self.expert(slot), slot / self.top_k);
             let mut panels = cpu.panels(self.hidden);
@@ -250,7 +251,7 @@ impl<'a> ExpertMlp<'a> {
         }
         let (tiles, grain) = self.padded_tiles(self.hidden);
         let mut partial = cpu.workspace.lines.take(slots * tiles);
-        cpu.pool.for_chunks(&mut partial, grain, |i, lines| {
+        cpu.pool.for_chunks_of(work, &mut partial, grain, |i, lines| {
             let (slot, first) = (i * grain / tiles, i * grain % tiles);
             let down = &self.expert(slot).down;
             let mut panels = cpu.panels(self.intermediate);

@@ -27,6 +27,9 @@ pub(crate) struct Pool {
 /// left to take.
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
+/// Multiplications that are worth sharing: some microseconds.
+pub(crate) const LEAST_WORK: usize = 1 << 18;
+
 /// Stretches that chunks are handed out from: threads go through neighbouring chunks in order, as memory likes it.
 const STRETCHES: usize = 16;
 
@@ -83,6 +86,18 @@ impl Pool {
 
     /// Calls `f(i, chunk)` for consecutive chunks of `len` elements, the last one possibly shorter.
     pub(crate) fn for_chunks<T: Send>(&self, data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+        self.for_chunks_of(usize::MAX, data, len, f);
+    }
+
+    /// [`Pool::for_chunks`] of about `work` multiplications in all, on this thread where they take less time than
+    /// waking the others.
+    pub(crate) fn for_chunks_of<T: Send>(
+        &self,
+        work: usize,
+        data: &mut [T],
+        len: usize,
+        f: impl Fn(usize, &mut [T]) + Sync + Send,
+    ) {
         let len = len.max(1);
         let chunks = data.len().div_ceil(len);
         let count = self.threads().min(STRETCHES);
@@ -92,7 +107,7 @@ impl Pool {
             let stretch = rest.split_off_mut(..rest.len().min(per_stretch * len)).unwrap_or_default();
             Mutex::new(stretch.chunks_mut(len).enumerate())
         });
-        self.run(chunks > 1, &|thread| {
+        self.run(chunks > 1 && work >= LEAST_WORK, &|thread| {
             let own = thread % count;
             // The locks are released before the calls.
             while let Some((i, chunk)) = { lock(&stretches[own]).next() } {

@@ -153,7 +153,8 @@ impl<'a> Mla<'a> {
         let (cpu, d) = (self.cpu, self.dims);
         let rows = d.batch * d.queries;
         let mut absorbed = cpu.workspace.floats.take(d.heads * rows * d.rank);
-        cpu.pool.for_chunks(&mut absorbed, rows * d.rank, |h, out| {
+        let projection = rows * d.heads * d.nope.max(d.value) * d.rank;
+        cpu.pool.for_chunks_of(projection, &mut absorbed, rows * d.rank, |h, out| {
             cpu.level.run(Absorb {
                 mla: &self,
                 head: h,
@@ -167,13 +168,15 @@ impl<'a> Mla<'a> {
         let task_len = DECODE_ROWS * value_width;
         let mut latent = cpu.workspace.floats.take(d.batch * blocks * task_len);
         let empty = EmptyRows::new();
-        cpu.pool.for_chunks(&mut latent, task_len, |task, out| {
+        let keys: usize = self.kv_len.iter().sum();
+        let work = keys * d.queries * d.heads * (2 * d.rank + d.rope);
+        cpu.pool.for_chunks_of(work, &mut latent, task_len, |task, out| {
             let (b, first) = (task / blocks, task % blocks * DECODE_ROWS);
             self.decode_rows(b, first, &absorbed, out, &empty);
         });
         empty.check(d.queries, d.heads)?;
         let mut heads = cpu.workspace.floats.take(d.heads * rows * d.value);
-        cpu.pool.for_chunks(&mut heads, rows * d.value, |h, out| {
+        cpu.pool.for_chunks_of(projection, &mut heads, rows * d.value, |h, out| {
             self.project_values(h, &latent, blocks, out);
         });
         if d.value == 0 {

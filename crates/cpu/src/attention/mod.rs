@@ -77,6 +77,12 @@ impl<'a> Attention<'a> {
         self.queries.div_ceil(self.block())
     }
 
+    /// Multiplications at most.
+    fn work(&self) -> usize {
+        let keys: usize = self.kv_len.iter().sum();
+        keys * self.queries * self.heads * (self.head_dim + self.value_dim)
+    }
+
     /// Query `i` of head `h` in sequence `b`.
     fn query(&self, b: usize, h: usize, i: usize) -> Query<'a> {
         let kv_len = self.kv_len[b];
@@ -184,7 +190,7 @@ impl AttentionOps for Cpu {
         let tasks = q[0] * call.kv_heads * call.blocks();
         let empty = EmptyRows::new();
         let mut blocks = self.workspace.floats.take(tasks * task_len);
-        self.pool.for_chunks(&mut blocks, task_len, |task, out| {
+        self.pool.for_chunks_of(call.work(), &mut blocks, task_len, |task, out| {
             call.run(self, task, out, &empty);
         });
         if args.empty_row == EmptyRow::Error {

@@ -19,17 +19,23 @@ use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::{CodeOrder, PackedWeight, Values};
+use crate::pool::LEAST_WORK;
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
 
 /// Least rows of one task when rows are split among tasks: enough to pay for decoding the weights again.
 const LEAST_ROWS: usize = 64;
-/// Most rows of one task, so that their activations stay in the second-level cache.
-const MOST_ROWS: usize = 192;
+/// Most rows of one task.
+const MOST_ROWS: usize = 288;
+/// Bytes of activations that a task keeps in the second-level cache.
+const CACHED_BYTES: usize = 640 << 10;
+/// Tiles whose columns are written together, row by row.
+const WRITTEN_TILES: usize = 8;
 /// Rows of one pass over the widest kernel's registers.
 const ROW_STEP: usize = 6;
-/// Multiplications below which a layer is not worth handing to other threads.
-const SERIAL_WORK: usize = 1 << 15;
+
+/// Elements of a pass over rows that are worth sharing.
+const SPREAD_ELEMENTS: usize = 1 << 15;
 
 /// Some rows of a matrix, possibly picked by index.
 #[derive(Clone, Copy)]
@@ -114,7 +120,7 @@ impl Cpu {
             }
             let (rows, per_row) = (x.len() / columns, columns.div_ceil(ACTIVATION_BLOCK));
             let mut blocks = self.workspace.blocks.take(rows * per_row);
-            if spread && x.len() >= SERIAL_WORK {
+            if spread && x.len() >= SPREAD_ELEMENTS {
                 let grain = self.pool.grain(rows);
                 self.pool.for_chunks(&mut blocks, grain * per_row, |i, blocks| {
                     self.level.run(QuantizeRows { x: &x[i * grain * columns..], columns, order, out: blocks });
@@ -236,7 +242,7 @@ impl Cpu {
     ) {
         let Shape { rows: m, columns: n, in_features: k, step } = shape;
         let tiles = n.div_ceil(LANES);
-        let grain = match m * n * k < SERIAL_WORK {
+        let grain = match m * n * k < LEAST_WORK {
             true => tiles,
             false => self.pool.grain(tiles),
         };
@@ -255,18 +261,19 @@ impl Cpu {
                 }
             });
         } else if m >= 2 * LEAST_ROWS * self.pool.threads() {
-            // At least two tasks for each thread.
-            let share = m.div_ceil(2 * self.pool.threads()).clamp(LEAST_ROWS, MOST_ROWS);
-            let block = share.next_multiple_of(ROW_STEP);
+            let block = self.row_block(m, k);
             self.pool.for_chunks(out, block * n, |i, out| {
                 let (rows, first) = (out.len() / n, i * block);
                 let mut panels = self.panels(k);
-                let mut acc = self.workspace.lines.take(PAIR * rows);
-                for tile in (0..tiles).step_by(step) {
-                    let end = tiles.min(tile + step);
-                    produce(tile..end, first..first + rows, &mut panels, &mut acc);
+                let mut acc = self.workspace.lines.take((WRITTEN_TILES + PAIR) * rows);
+                for group in (0..tiles).step_by(WRITTEN_TILES) {
+                    let end = tiles.min(group + WRITTEN_TILES);
+                    for tile in (group..end).step_by(step) {
+                        let acc = &mut acc[(tile - group) * rows..][..PAIR * rows];
+                        produce(tile..end.min(tile + step), first..first + rows, &mut panels, acc);
+                    }
                     for (r, out) in out.chunks_exact_mut(n).enumerate() {
-                        for (lines, tile) in acc.chunks_exact(rows).zip(tile..end) {
+                        for (lines, tile) in acc.chunks_exact(rows).zip(group..end) {
                             let columns = tile * LANES..n.min((tile + 1) * LANES);
                             let start = (first + r) * n + columns.start;
                             residual.write(start, &lines[r], &mut out[columns]);
@@ -277,6 +284,15 @@ impl Cpu {
         } else {
             self.fill_by_tile(shape, grain, residual, out, produce);
         }
+    }
+
+    /// Rows of a task when rows are split: few enough for their activations to stay in the second-level cache.
+    fn row_block(&self, rows: usize, in_features: usize) -> usize {
+        let row_bytes = in_features.div_ceil(ACTIVATION_BLOCK) * size_of::<ActivationBlock>();
+        let most = (CACHED_BYTES / row_bytes.max(1)).clamp(LEAST_ROWS, MOST_ROWS);
+        // Tasks of equal size, as many for one thread as for the other.
+        let tasks = rows.div_ceil(most).next_multiple_of(self.pool.threads());
+        rows.div_ceil(tasks).next_multiple_of(ROW_STEP)
     }
 
     /// Few rows: tasks take tiles, then a second pass puts the tiles side by side.
@@ -299,7 +315,7 @@ impl Cpu {
                 produce(tile..tiles.min(tile + step), 0..m, &mut panels, acc);
             }
         });
-        let row_grain = match m * n < SERIAL_WORK {
+        let row_grain = match m * n < SPREAD_ELEMENTS {
             true => m,
             false => self.pool.grain(m),
         };
