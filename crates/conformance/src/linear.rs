@@ -1,8 +1,11 @@
 //! Linear layers, gated products, embeddings.
 
 use marlin_formats::{DType, Format};
-use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
-use marlin_ops::{Backend, Linear, Result, Weight};
+use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
+use marlin_ops::linear::{
+    Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs, Residual,
+};
+use marlin_ops::{Backend, Linear, Result, Tensor, Weight, WeightData};
 
 use crate::case::{Case, Mode, Refusal, Runner};
 use crate::input::{Output, floats, ids, poison};
@@ -277,6 +280,7 @@ struct GatedUpCase {
     activation: Activation,
     /// Factor on normal activations.
     x_scale: f32,
+    norm: bool,
     /// Rows of `up` in a bad case.
     up_rows: Option<usize>,
 }
@@ -290,6 +294,7 @@ const GATED_UP: GatedUpCase = GatedUpCase {
     bias: false,
     activation: Activation::Silu,
     x_scale: 1.0,
+    norm: false,
     up_rows: None,
 };
 
@@ -316,19 +321,33 @@ impl Case for GatedUpCase {
         let (m, k, n) = (self.m, self.k, self.n);
         let (gate, up) = (self.gate, self.up);
         let (act, bias, scale) = (self.activation, self.bias, self.x_scale);
-        format!("{gate} x {up} M={m} K={k} I={n} {act:?} bias={bias} x*{scale}")
+        let norm = if self.norm { " norm" } else { "" };
+        format!("{gate} x {up} M={m} K={k} I={n} {act:?} bias={bias} x*{scale}{norm}")
     }
 
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
         let (gate, up, x) = self.inputs()?;
         let (gate, up) = (Linear::new(b, gate)?, Linear::new(b, up)?);
         let x = floats(b, &[self.m, self.k], &x)?;
+        let gamma = floats(b, &[self.k], &GATED_NORM.gamma(self.k))?;
+        let norm = self.norm.then(|| GATED_NORM.input(&gamma));
         let mut out = poison(b, &[self.m, self.n])?;
-        b.gated_up(GatedUpArgs { x: &x, gate: &gate, up: &up, activation: self.activation, out: &mut out })?;
+        b.gated_up(GatedUpArgs { x: &x, norm, gate: &gate, up: &up, activation: self.activation, out: &mut out })?;
         Ok(vec![Output::floats(b, "out", &out)?])
     }
 
-    fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
+    fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
+        if self.norm {
+            let (gate, up, x) = self.inputs().expect("the inputs are valid: the case ran");
+            let x = GATED_NORM.apply(&x, self.k);
+            let bounds = |w: &Weight| after_norm(w, &x, mode).expect("the weight is valid");
+            let slope = |sum| slope(self.activation, sum);
+            let product = |(g, u): (Bound, Bound)| {
+                slope(g.sum) * (g.error * u.sum + g.sum * u.error + g.sum.max(1.0) * u.sum * tolerance::ACTIVATION)
+            };
+            let absolute = bounds(&gate).into_iter().zip(bounds(&up)).map(product).collect();
+            return vec![Tolerance::Elements { ulps: 1.0, relative: 2.0 * U32, absolute }];
+        }
         let (gate, up, x) = self.inputs().expect("the inputs are valid: the case ran");
         let sums = |w: &Weight| magnitudes(w, &x).expect("the weight is valid");
         let steps = 2.0 * (self.k + 4) as f64 * U32 + tolerance::ACTIVATION;
@@ -339,6 +358,162 @@ impl Case for GatedUpCase {
             .collect();
         let elements = Tolerance::Elements { ulps: 1.0, relative: 2.0 * U32, absolute };
         vec![Tolerance::All(vec![by_rows(self.m, self.n, tolerance::LINEAR), elements])]
+    }
+}
+
+/// An input norm of a case.
+#[derive(Clone, Copy, Debug)]
+struct Norm {
+    offset: f32,
+    eps: f32,
+}
+
+const GATED_NORM: Norm = Norm { offset: 0.0, eps: 1e-6 };
+
+impl Norm {
+    /// With zeros and negative values.
+    fn gamma(self, k: usize) -> Vec<f32> {
+        let mut gamma = Random::of(&format!("gamma {k}")).normals(k);
+        gamma.iter_mut().skip(3).step_by(7).for_each(|g| *g = 0.0);
+        gamma
+    }
+
+    fn input<B: Backend>(self, gamma: &Tensor<B>) -> InputNorm<'_, B> {
+        InputNorm { gamma, gamma_offset: self.offset, eps: self.eps }
+    }
+
+    /// Normalised rows of `k`.
+    fn apply(self, x: &[f32], k: usize) -> Vec<f64> {
+        let gamma = self.gamma(k);
+        let row = |row: &[f32]| -> Vec<f64> {
+            let squares = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>();
+            let root = (squares / k as f64 + f64::from(self.eps)).sqrt();
+            let gamma = gamma.iter().map(|&g| f64::from(g) + f64::from(self.offset));
+            row.iter().zip(gamma).map(|(&v, g)| f64::from(v) / root * g).collect()
+        };
+        x.chunks(k).flat_map(row).collect()
+    }
+}
+
+/// Of one output: `sum_k |x w|`, and what its f32 computation may be off.
+#[derive(Clone, Copy)]
+struct Bound {
+    sum: f64,
+    error: f64,
+}
+
+/// Bounds of products with normalised rows, `[m, n]`. A value of a row is right to 16 f32 roundings (mean, root, two
+/// products); where it is rounded to int8 and lies that close to a tie, it may take the neighbouring code.
+fn after_norm(weight: &Weight, x: &[f64], mode: Mode) -> Result<Vec<Bound>> {
+    let (k, n) = (weight.in_features(), weight.out_features());
+    let rounds = match &weight.data {
+        WeightData::Quantized(matrix) => mode == Mode::Int8Activations && takes_int8_activations(&matrix.scheme),
+        WeightData::Dense(_) => false,
+    };
+    let w = weight.to_f32()?;
+    let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);
+    let steps = (2 * k + 16) as f64 * U32;
+    let bound = |x: &[f64], ties: &[f64], n: usize| {
+        let w = &w[n * k..][..k];
+        let product = |a: &[f64]| a.iter().zip(w).map(|(a, &w)| (a * f64::from(w)).abs()).sum::<f64>();
+        let sum = product(x) + f64::from(bias[n]).abs();
+        Bound { sum, error: sum * steps + product(ties) }
+    };
+    let rows = x.chunks(k).map(|x| (x, if rounds { tie_steps(x, 16.0 * U32) } else { vec![0.0; k] }));
+    Ok(rows.flat_map(|(x, ties)| (0..n).map(|n| bound(x, &ties, n)).collect::<Vec<_>>()).collect())
+}
+
+/// The step of each value's int8 code if it lies within `margin` (relative) of a tie, else 0.
+fn tie_steps(x: &[f64], margin: f64) -> Vec<f64> {
+    let block = |block: &[f64]| -> Vec<f64> {
+        let step = block.iter().fold(0.0f64, |largest, v| largest.max(v.abs())) / 127.0;
+        let is_tie = |v: f64| ((v / step).abs().fract() - 0.5).abs() <= 127.0 * margin;
+        block.iter().map(|&v| if step > 0.0 && is_tie(v) { step } else { 0.0 }).collect()
+    };
+    x.chunks(ACTIVATION_BLOCK).flat_map(block).collect()
+}
+
+struct ProjectionsCase {
+    m: usize,
+    k: usize,
+    /// Format and outputs of each weight.
+    weights: Vec<(Storage, usize)>,
+    bias: bool,
+    norm: Option<Norm>,
+    /// Factor on normal activations; row 1 is zero.
+    x_scale: f32,
+    /// Columns of gamma and of the last out, and inputs of the last weight, that a bad case claims.
+    gamma_columns: Option<usize>,
+    out_columns: Option<usize>,
+    last_k: Option<usize>,
+}
+
+impl ProjectionsCase {
+    fn new(m: usize, storage: Storage) -> Self {
+        let weights = vec![(storage, 65), (storage, 16), (storage, 33)];
+        let norm = Some(Norm { offset: 0.0, eps: 1e-6 });
+        let (gamma_columns, out_columns, last_k) = (None, None, None);
+        Self { m, k: 200, weights, bias: false, norm, x_scale: 1.0, gamma_columns, out_columns, last_k }
+    }
+
+    fn inputs(&self) -> Result<(Vec<f32>, Vec<Weight>)> {
+        let random = &mut Random::of(&self.configuration());
+        let mut x: Vec<f32> = random.normals(self.m * self.k).iter().map(|v| v * self.x_scale).collect();
+        if self.m > 1 {
+            x[self.k..2 * self.k].fill(0.0);
+        }
+        let last = self.weights.len() - 1;
+        let mut weights = Vec::new();
+        for (i, &(storage, n)) in self.weights.iter().enumerate() {
+            let k = self.last_k.filter(|_| i == last).unwrap_or(self.k);
+            let weight = random_weight(storage, n, k, Scales::Usual, random)?;
+            weights.push(if self.bias { weight.with_bias(random.normals(n))? } else { weight });
+        }
+        Ok((x, weights))
+    }
+}
+
+impl Case for ProjectionsCase {
+    const OPERATION: &'static str = "projections";
+
+    fn configuration(&self) -> String {
+        let weights: Vec<String> = self.weights.iter().map(|(storage, n)| format!("{storage} N={n}")).collect();
+        let (m, k, bias, scale) = (self.m, self.k, self.bias, self.x_scale);
+        let norm = self.norm.map_or("none".to_owned(), |norm| format!("{norm:?}"));
+        format!("{} M={m} K={k} bias={bias} x*{scale} norm={norm}", weights.join(", "))
+    }
+
+    fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
+        let (x, weights) = self.inputs()?;
+        let x = floats(b, &[self.m, self.k], &x)?;
+        let gamma_columns = self.gamma_columns.unwrap_or(self.k);
+        let gamma = floats(b, &[gamma_columns], &GATED_NORM.gamma(gamma_columns))?;
+        let last = self.weights.len() - 1;
+        let mut outs = Vec::new();
+        for (i, weight) in weights.iter().enumerate() {
+            let columns = self.out_columns.filter(|_| i == last).unwrap_or(weight.out_features());
+            outs.push(poison(b, &[self.m, columns])?);
+        }
+        let weights = weights.into_iter().map(|weight| Linear::new(b, weight)).collect::<Result<Vec<_>>>()?;
+        let mut projections: Vec<_> =
+            weights.iter().zip(&mut outs).map(|(weight, out)| Projection { weight, out }).collect();
+        let norm = self.norm.map(|norm| norm.input(&gamma));
+        b.projections(ProjectionsArgs { x: &x, norm, projections: &mut projections })?;
+        outs.iter().map(|out| Output::floats(b, "out", out)).collect()
+    }
+
+    fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
+        let Some(norm) = self.norm else {
+            return self.weights.iter().map(|&(_, n)| by_rows(self.m, n, tolerance::LINEAR)).collect();
+        };
+        let (x, weights) = self.inputs().expect("the inputs are valid: the case ran");
+        let x = norm.apply(&x, self.k);
+        let elements = |weight: &Weight| {
+            let bounds = after_norm(weight, &x, mode).expect("the weight is valid");
+            let absolute = bounds.into_iter().map(|bound| bound.error).collect();
+            Tolerance::Elements { ulps: 1.0, relative: 2.0 * U32, absolute }
+        };
+        weights.iter().map(elements).collect()
     }
 }
 
@@ -402,6 +577,7 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     linear_weights(runner);
     linear_epilogues(runner);
     gated_up(runner);
+    projections(runner);
     for storage in storages(0).into_iter().chain(storages(1)) {
         for hidden in [96, 129] {
             runner.check(&EmbeddingCase::new(storage, hidden));
@@ -502,6 +678,48 @@ fn gated_up<B: Backend>(runner: &mut Runner<'_, B>) {
     runner.check(&GatedUpCase { x_scale: 0.0, ..GATED_UP });
     runner.check(&GatedUpCase { m: 0, ..GATED_UP });
     runner.check(&GatedUpCase { n: 1, ..GATED_UP });
+}
+
+fn projections<B: Backend>(runner: &mut Runner<'_, B>) {
+    for storage in storages(0).into_iter().chain(storages(1)) {
+        for m in [1, 2, 9] {
+            runner.check(&ProjectionsCase::new(m, storage));
+        }
+        runner.check(&ProjectionsCase { norm: None, bias: true, ..ProjectionsCase::new(1, storage) });
+        runner.check(&ProjectionsCase { norm: None, ..ProjectionsCase::new(3, storage) });
+        runner.check(&GatedUpCase { m: 1, gate: storage, up: storage, norm: true, ..GATED_UP });
+        runner.check(&GatedUpCase { gate: storage, up: storage, norm: true, ..GATED_UP });
+    }
+    let int4 = Storage::Quantized(Format::Int4S4, 32);
+    for k in [1, 63, 2048] {
+        runner.check(&ProjectionsCase { k, ..ProjectionsCase::new(2, DENSE[0]) });
+        runner.check(&ProjectionsCase { k, ..ProjectionsCase::new(1, int4) });
+    }
+    for norm in [Norm { offset: 1.0, eps: 1e-5 }, Norm { offset: 0.0, eps: 1e-2 }] {
+        for x_scale in [1.0, 6e4, 1e-3] {
+            runner.check(&ProjectionsCase { norm: Some(norm), x_scale, ..ProjectionsCase::new(5, int4) });
+        }
+    }
+    // Several formats, each with its own order of int8 activations, and one product alone.
+    let mixed = [(int4, 40), (Storage::Quantized(Format::Int3, 64), 17), (Storage::Quantized(Format::Int8, 32), 16)];
+    for m in [1, 7] {
+        for weights in [vec![mixed[0], mixed[1], mixed[2], (DENSE[1], 5)], vec![mixed[1]]] {
+            runner.check(&ProjectionsCase { weights, ..ProjectionsCase::new(m, int4) });
+        }
+    }
+    // Enough for several threads.
+    for m in [1, 130] {
+        let weights = vec![(int4, 513), (int4, 256), (DENSE[2], 129)];
+        runner.check(&ProjectionsCase { k: 640, weights, ..ProjectionsCase::new(m, int4) });
+    }
+    runner.check(&ProjectionsCase::new(0, int4));
+    let new = || ProjectionsCase::new(2, int4);
+    let eps = |eps| Some(Norm { offset: 0.0, eps });
+    runner.refuse("gamma of K + 1", &ProjectionsCase { gamma_columns: Some(201), ..new() }, Refusal::Shape("gamma"));
+    runner.refuse("out of N + 1", &ProjectionsCase { out_columns: Some(34), ..new() }, Refusal::Shape("out"));
+    runner.refuse("weight of another K", &ProjectionsCase { last_k: Some(64), ..new() }, Refusal::Shape("weight"));
+    runner.refuse("eps 0", &ProjectionsCase { norm: eps(0.0), ..new() }, Refusal::Value("eps"));
+    runner.refuse("eps NaN", &ProjectionsCase { norm: eps(f32::NAN), ..new() }, Refusal::Value("eps"));
 }
 
 fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {

@@ -191,6 +191,7 @@ impl Computation for Gated {
         let up = quantized(Format::Int8, 32, 45, 96);
         let mut out = poisoned(device, &[self.rows, 45])?;
         device.gated_up(GatedUpArgs {
+            norm: None,
             x: &x,
             gate: &Linear::new(device, gate)?,
             up: &Linear::new(device, up)?,

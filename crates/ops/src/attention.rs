@@ -4,7 +4,10 @@
 //! Query i of a sequence has the absolute position `p = i + kv_len - Sq` (bottom-right alignment), so chunked prefill
 //! and decode are the same operation.
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, Linear, OpError, Result, Tensor, check};
+
+const FAMILY: &str = "attention";
 
 /// Which keys around the query's position are visible, besides causality.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +173,52 @@ impl<D: Device> MlaAttentionArgs<'_, D> {
     }
 }
 
+impl<D: Device> AttentionArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let (queries, q_heads, kv_heads) = (self.q.dims()[1], self.q.dims()[2], self.k.dims()[1]);
+        let widths = self.q.columns() + self.v.columns();
+        let (mut pairs, mut keys) = (0, 0);
+        for &kv_len in self.kv_len {
+            let range = |i: usize| visible_keys((i + kv_len).saturating_sub(queries), kv_len, self.causal, self.window);
+            pairs += (0..queries).map(range).map(|(first, end)| end - first).sum::<usize>();
+            // Both ends grow with the query.
+            keys += range(queries - 1).1 - range(0).0;
+        }
+        let cost = Cost::default()
+            .add_flops(Arithmetic::F32, 2 * q_heads * pairs * widths)
+            .add_cache(keys * kv_heads * widths * self.k.dtype().size_in_bytes())
+            .add_weights(self.sinks.map_or(0, |sinks| sinks.size_in_bytes()))
+            .add_activations(&[self.q, self.out]);
+        self.mask.map_or(cost, |mask| cost.add_activations(&[mask]))
+    }
+}
+
+impl<D: Device> KvWriteArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let mut cost = Cost::default().add_activations(&[self.k, self.v]);
+        let written = (self.k.elements() + self.v.elements()) * self.k_cache.dtype().size_in_bytes();
+        cost.activation_bytes += written as u64;
+        cost
+    }
+}
+
+impl<D: Device> MlaAttentionArgs<'_, D> {
+    /// `kv_b` is applied to the cache rows or, absorbed, to the queries.
+    fn cost(&self, absorbed: bool) -> Cost {
+        let MlaDims { batch, queries, heads, nope, rope, value, rank, .. } = self.dims();
+        let keys: usize = self.kv_len.iter().sum();
+        // Query i sees all keys but the `queries - 1 - i` last.
+        let pairs = queries * keys - batch * (queries * (queries - 1) / 2);
+        let (rows, width) = if absorbed { (batch * queries, 2 * rank + rope) } else { (keys, nope + rope + value) };
+        let flops = 2 * heads * (rows * rank * (nope + value) + pairs * width);
+        Cost::default()
+            .add_flops(Arithmetic::F32, flops)
+            .add_cache(keys * (rank + rope) * self.cache.dtype().size_in_bytes())
+            .add_weights(self.kv_b.size_in_bytes())
+            .add_activations(&[self.q, self.out])
+    }
+}
+
 /// The attention family.
 pub trait AttentionOps: Device {
     /// Body of [`AttentionOps::attention`]; arguments are checked.
@@ -190,7 +239,7 @@ pub trait AttentionOps: Device {
         if args.q.elements() == 0 {
             return Ok(());
         }
-        self.run_attention(args)
+        profile::run(self, Operation::new(FAMILY, "attention"), args, AttentionArgs::cost, Self::run_attention)
     }
 
     /// Appends rows to a cache.
@@ -225,25 +274,29 @@ pub trait AttentionOps: Device {
         if args.k.dims()[0] == 0 {
             return Ok(());
         }
-        self.run_kv_write(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, KvWriteArgs::cost, Self::run_kv_write)
     }
 
     /// MLA with keys and values expanded from the latent rows; for many queries.
     fn mla_prefill(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
-        args.check("mla_prefill")?;
+        const OP: &str = "mla_prefill";
+        args.check(OP)?;
         if args.q.elements() == 0 {
             return Ok(());
         }
-        self.run_mla_prefill(args)
+        let operation = Operation::new(FAMILY, OP).with_weights(args.kv_b.format_name());
+        profile::run(self, operation, args, |args| args.cost(false), Self::run_mla_prefill)
     }
 
     /// MLA in the absorbed form on the compressed cache; for few queries. Equal to [`AttentionOps::mla_prefill`].
     fn mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
-        args.check("mla_decode")?;
+        const OP: &str = "mla_decode";
+        args.check(OP)?;
         if args.q.elements() == 0 {
             return Ok(());
         }
-        self.run_mla_decode(args)
+        let operation = Operation::new(FAMILY, OP).with_weights(args.kv_b.format_name());
+        profile::run(self, operation, args, |args| args.cost(true), Self::run_mla_decode)
     }
 }
 

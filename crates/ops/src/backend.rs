@@ -1,8 +1,9 @@
 use marlin_formats::DType;
 
+use crate::profile::{Arithmetic, Profiler};
 use crate::{
     AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, Result, RopeOps,
-    SamplingOps, Tensor, Weight,
+    SamplingOps, Tensor, Weight, WeightData,
 };
 
 /// Memory of a device: buffers, transfers, prepared weights. Operations on it enqueue and return; the `read_*` methods
@@ -46,6 +47,22 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// Repacks the experts of a layer; called through [`crate::ExpertStack::new`], which checks their shapes.
     fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<Self::Experts>;
+
+    /// What products of linear layers and experts with these weights are computed in.
+    fn arithmetic(&self, _data: &WeightData) -> Arithmetic {
+        Arithmetic::F32
+    }
+
+    /// Collects times, bytes and FLOPs of operations, if the device keeps such a record.
+    fn profiler(&self) -> Option<&Profiler> {
+        None
+    }
+
+    /// Waits until all work so far is done, and reports its failure; only profiling needs that. Nothing to do where
+    /// operations are complete when they return.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A device that implements every operation family.

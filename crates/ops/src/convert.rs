@@ -1,5 +1,6 @@
 //! Float conversion (operations.md: convert_float).
 
+use crate::profile::{self, Cost, Operation};
 use crate::{Device, Result, Tensor, check};
 
 /// The conversion family.
@@ -17,6 +18,7 @@ pub trait ConvertOps: Device {
         if x.elements() == 0 {
             return Ok(());
         }
-        self.run_convert(x, out)
+        let cost = |(x, out): &(&Tensor<Self>, &mut Tensor<Self>)| Cost::default().add_activations(&[x, out]);
+        profile::run(self, Operation::new("convert", OP), (x, out), cost, |device, (x, out)| device.run_convert(x, out))
     }
 }

@@ -1,5 +1,6 @@
 //! Block Hadamard rotation (operations.md: hadamard_block).
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, OpError, Result, Tensor, check};
 
 /// Which matrix a block length stands for.
@@ -66,6 +67,25 @@ fn legendre(a: i64, p: i64) -> i32 {
     if (1..p).any(|x| x * x % p == a) { 1 } else { -1 }
 }
 
+impl<D: Device> HadamardArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let block_flops: usize = block_parts(self.block, self.kind)
+            .into_iter()
+            .flatten()
+            .map(|(_, len)| {
+                let factor = if len.is_power_of_two() { 1 } else { paley_order(len).unwrap_or(1) };
+                len * (factor - 1 + (len / factor).ilog2() as usize)
+            })
+            .sum();
+        let scales = [self.scale_before, self.scale_after];
+        let per_element = usize::from(self.normalize) + scales.iter().flatten().count();
+        let flops = self.x.elements() / self.block * block_flops + self.x.elements() * per_element;
+        let weights: usize = scales.iter().flatten().map(|scale| scale.size_in_bytes()).sum();
+        let cost = Cost::default().add_flops(Arithmetic::F32, flops).add_weights(weights);
+        cost.add_activations(&[self.x, self.x])
+    }
+}
+
 /// The Hadamard family.
 pub trait HadamardOps: Device {
     /// Body of [`HadamardOps::hadamard`]; arguments are checked.
@@ -93,6 +113,6 @@ pub trait HadamardOps: Device {
         if args.x.elements() == 0 {
             return Ok(());
         }
-        self.run_hadamard(args)
+        profile::run(self, Operation::new("hadamard", OP), args, HadamardArgs::cost, Self::run_hadamard)
     }
 }

@@ -18,6 +18,7 @@ pub mod linear;
 pub mod moe;
 pub mod norm;
 pub mod oracle;
+pub mod profile;
 pub mod rng;
 pub mod rope;
 pub mod sampling;

@@ -1,9 +1,12 @@
 //! Linear layers, gated products and embedding look-up (operations.md: linear_dense, linear_quant, gemv_quant,
-//! epilogue_apply, gated_up).
+//! epilogue_apply, linear_norm, linear_norm_qkv, gated_up).
 
 use marlin_formats::DType;
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, Linear, OpError, Result, Tensor, check};
+
+const FAMILY: &str = "linear";
 
 /// Pointwise function of an epilogue or a gated product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,17 @@ pub enum Residual<'a, D: Device> {
     InPlace,
 }
 
+impl<D: Device> Residual<'_, D> {
+    /// `cost` of an operation that writes `out` once with this addend.
+    pub(crate) fn cost(&self, cost: Cost, out: &Tensor<D>) -> Cost {
+        match self {
+            Self::None => cost.add_activations(&[out]),
+            Self::Add(residual) => cost.add_activations(&[out, residual]),
+            Self::InPlace => cost.add_activations(&[out, out]),
+        }
+    }
+}
+
 /// `out[m,n] = act(sum_k x[m,k] W[k,n] + bias[n]) * out_scale + residual[m,n]`.
 pub struct LinearArgs<'a, D: Device> {
     /// `[M, K]`, any leading dimensions flattened.
@@ -52,10 +66,59 @@ pub struct LinearArgs<'a, D: Device> {
     pub out: &'a mut Tensor<D>,
 }
 
-/// `out[m,i] = act(x Wg)[m,i] * (x Wu)[m,i]`, biases of both weights included.
+/// An RMS norm of the rows that products read: `x^[m,k] = x[m,k] r_m (gamma[k] + gamma_offset)`,
+/// `r_m = 1 / sqrt(mean_k x^2 + eps)`.
+pub struct InputNorm<'a, D: Device> {
+    /// `[K]`.
+    pub gamma: &'a Tensor<D>,
+    /// Added to gamma: 1 in models that store gamma - 1.
+    pub gamma_offset: f32,
+    /// Above 0.
+    pub eps: f32,
+}
+
+impl<D: Device> Clone for InputNorm<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for InputNorm<'_, D> {}
+
+impl<D: Device> InputNorm<'_, D> {
+    fn check(&self, operation: &'static str, columns: usize) -> Result<()> {
+        check::dims(operation, "gamma", self.gamma, &[columns])?;
+        check::float(operation, "gamma", self.gamma)?;
+        check::finite(operation, "gamma_offset", self.gamma_offset)?;
+        check::positive(operation, "eps", self.eps)
+    }
+}
+
+/// One of the products of [`ProjectionsArgs`].
+pub struct Projection<'a, D: Device> {
+    /// `[N, K]` with its optional bias.
+    pub weight: &'a Linear<D>,
+    /// `[M, N]`.
+    pub out: &'a mut Tensor<D>,
+}
+
+/// `out_i[m,n] = sum_k x^[m,k] W_i[k,n] + bias_i[n]`: several products of the same rows, such as queries, keys and
+/// values.
+pub struct ProjectionsArgs<'a, 'b, D: Device> {
+    /// `[M, K]`.
+    pub x: &'a Tensor<D>,
+    /// What makes x^ of x; x itself without.
+    pub norm: Option<InputNorm<'a, D>>,
+    /// The products.
+    pub projections: &'a mut [Projection<'b, D>],
+}
+
+/// `out[m,i] = act(x^ Wg)[m,i] * (x^ Wu)[m,i]`, biases of both weights included.
 pub struct GatedUpArgs<'a, D: Device> {
     /// `[M, K]`.
     pub x: &'a Tensor<D>,
+    /// What makes x^ of x; x itself without.
+    pub norm: Option<InputNorm<'a, D>>,
     /// `[I, K]`.
     pub gate: &'a Linear<D>,
     /// `[I, K]`.
@@ -76,10 +139,57 @@ pub struct EmbeddingArgs<'a, D: Device> {
     pub out: &'a mut Tensor<D>,
 }
 
+impl<D: Device> LinearArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let cost = self.weight.cost(self.x.rows()).add_activations(&[self.x]);
+        self.residual.cost(cost, self.out)
+    }
+}
+
+impl<D: Device> InputNorm<'_, D> {
+    fn cost(norm: Option<&Self>, x: &Tensor<D>) -> Cost {
+        match norm {
+            None => Cost::default(),
+            Some(norm) => {
+                Cost::default().add_weights(norm.gamma.size_in_bytes()).add_flops(Arithmetic::F32, 4 * x.elements())
+            }
+        }
+    }
+}
+
+impl<D: Device> ProjectionsArgs<'_, '_, D> {
+    fn cost(&self) -> Cost {
+        let mut cost = InputNorm::cost(self.norm.as_ref(), self.x).add_activations(&[self.x]);
+        for projection in &*self.projections {
+            cost += projection.weight.cost(self.x.rows()).add_activations(&[projection.out]);
+        }
+        cost
+    }
+}
+
+impl<D: Device> GatedUpArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let mut cost = InputNorm::cost(self.norm.as_ref(), self.x);
+        cost += self.gate.cost(self.x.rows());
+        cost += self.up.cost(self.x.rows());
+        cost.add_activations(&[self.x, self.out])
+    }
+}
+
+impl<D: Device> EmbeddingArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let row = self.table.size_in_bytes() / self.table.out_features().max(1);
+        Cost::default().add_weights(self.ids.elements() * row).add_activations(&[self.ids, self.out])
+    }
+}
+
 /// The linear family.
 pub trait LinearOps: Device {
     /// Body of [`LinearOps::linear`]; arguments are checked.
     fn run_linear(&self, args: LinearArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`LinearOps::projections`]; arguments are checked.
+    fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()>;
 
     /// Body of [`LinearOps::gated_up`]; arguments are checked.
     fn run_gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()>;
@@ -105,7 +215,34 @@ pub trait LinearOps: Device {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        self.run_linear(args)
+        let operation = Operation::new(FAMILY, OP).with_weights(args.weight.format_name());
+        profile::run(self, operation, args, LinearArgs::cost, Self::run_linear)
+    }
+
+    /// Products of several weights with the same rows, normalised on the way. M = 0 writes nothing.
+    fn projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
+        const OP: &str = "projections";
+        let (m, k) = (args.x.rows(), args.x.columns());
+        check::float(OP, "x", args.x)?;
+        if let Some(norm) = &args.norm {
+            norm.check(OP, k)?;
+        }
+        for Projection { weight, out } in &*args.projections {
+            let n = weight.out_features();
+            if weight.in_features() != k {
+                return Err(OpError::shape(OP, "weight", &[n, weight.in_features()], format!("[{n}, {k}]")));
+            }
+            check::rows_columns(OP, "out", out, m, n)?;
+            check::float(OP, "out", out)?;
+        }
+        if m == 0 || args.projections.is_empty() {
+            return Ok(());
+        }
+        let mut formats = args.projections.iter().map(|p| p.weight.format_name());
+        let first = formats.next().unwrap_or_default();
+        let format = if formats.all(|format| format == first) { first } else { "mixed" };
+        let operation = Operation::new(FAMILY, OP).with_weights(format);
+        profile::run(self, operation, args, ProjectionsArgs::cost, Self::run_projections)
     }
 
     /// The first half of a gated MLP (SwiGLU, GeGLU, ...).
@@ -117,6 +254,9 @@ pub trait LinearOps: Device {
         if up != [n, k] {
             return Err(OpError::shape(OP, "up", &up, format!("[{n}, {k}] like `gate`")));
         }
+        if let Some(norm) = &args.norm {
+            norm.check(OP, k)?;
+        }
         check::rows_columns(OP, "x", args.x, m, k)?;
         check::rows_columns(OP, "out", args.out, m, n)?;
         check::float(OP, "x", args.x)?;
@@ -124,7 +264,12 @@ pub trait LinearOps: Device {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        self.run_gated_up(args)
+        let format = match args.gate.format_name() {
+            gate if gate == args.up.format_name() => gate,
+            _ => "mixed",
+        };
+        let operation = Operation::new(FAMILY, OP).with_weights(format);
+        profile::run(self, operation, args, GatedUpArgs::cost, Self::run_gated_up)
     }
 
     /// Embedding look-up. T = 0 writes nothing; an id >= vocab is an error.
@@ -137,7 +282,8 @@ pub trait LinearOps: Device {
         if tokens == 0 {
             return Ok(());
         }
-        self.run_embedding(args)
+        let operation = Operation::new(FAMILY, OP).with_weights(args.table.format_name());
+        profile::run(self, operation, args, EmbeddingArgs::cost, Self::run_embedding)
     }
 }
 

@@ -3,7 +3,10 @@
 use marlin_formats::DType;
 
 use crate::linear::{Activation, Residual};
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, ExpertStack, OpError, Result, Tensor, check};
+
+const FAMILY: &str = "moe";
 
 /// How router logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +110,36 @@ pub struct CombineArgs<'a, D: Device> {
     pub out: &'a mut Tensor<D>,
 }
 
+impl<D: Device> RouteArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let cost = Cost::default().add_flops(Arithmetic::F32, 4 * self.logits.elements());
+        let cost = cost.add_activations(&[self.logits, self.ids, self.weights]);
+        self.bias.map_or(cost, |bias| cost.add_weights(bias.size_in_bytes()))
+    }
+}
+
+impl<D: Device> GroupArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        Cost::default().add_activations(&[self.ids, self.offsets, self.permutation, self.inverse])
+    }
+}
+
+impl<D: Device> ExpertMlpArgs<'_, D> {
+    /// `chosen` holds the values of `ids`.
+    fn cost(&self, chosen: &[u32]) -> Cost {
+        let cost = self.experts.cost(chosen).add_activations(&[self.x, self.ids, self.weights]);
+        let weighted_sum = 2 * chosen.len() * self.experts.hidden();
+        self.residual.cost(cost, self.out).add_flops(Arithmetic::F32, weighted_sum)
+    }
+}
+
+impl<D: Device> CombineArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let cost = Cost::default().add_flops(Arithmetic::F32, 2 * self.rows.elements());
+        self.residual.cost(cost.add_activations(&[self.rows, self.inverse, self.weights]), self.out)
+    }
+}
+
 /// The mixture-of-experts family.
 pub trait MoeOps: Device {
     /// Body of [`MoeOps::moe_route`]; shapes and the rule are checked. NaN logits are the backend's error
@@ -141,7 +174,7 @@ pub trait MoeOps: Device {
         if tokens == 0 {
             return Ok(());
         }
-        self.run_moe_route(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, RouteArgs::cost, Self::run_moe_route)
     }
 
     /// Stable grouping of assignments by expert. T = 0 gives all-zero offsets.
@@ -163,7 +196,7 @@ pub trait MoeOps: Device {
             check::dtype(OP, name, tensor, DType::U32)?;
             check::dims(OP, name, tensor, &[len])?;
         }
-        self.run_moe_group(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, GroupArgs::cost, Self::run_moe_group)
     }
 
     /// The routed experts' gated MLPs with their weighted sum.
@@ -186,7 +219,13 @@ pub trait MoeOps: Device {
         if tokens == 0 {
             return Ok(());
         }
-        self.run_moe_expert_mlp(args)
+        // Which experts are read is known to the device alone.
+        let chosen = match profile::recorder(self) {
+            Some(_) => self.read_u32(args.ids)?,
+            None => Vec::new(),
+        };
+        let operation = Operation::new(FAMILY, OP).with_weights(args.experts.format_name());
+        profile::run(self, operation, args, |args| args.cost(&chosen), Self::run_moe_expert_mlp)
     }
 
     /// Weighted sum of expert outputs in sorted order.
@@ -210,7 +249,7 @@ pub trait MoeOps: Device {
         if tokens == 0 {
             return Ok(());
         }
-        self.run_moe_combine(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, CombineArgs::cost, Self::run_moe_combine)
     }
 }
 

@@ -1,6 +1,9 @@
 //! Row norms (operations.md: rms_norm, layer_norm).
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, Result, Tensor, check};
+
+const FAMILY: &str = "norm";
 
 /// `out = x / sqrt(mean_k x^2 + eps) * (gamma + gamma_offset)` per row of the last dimension.
 pub struct RmsNormArgs<'a, D: Device> {
@@ -46,6 +49,38 @@ pub struct LayerNormArgs<'a, D: Device> {
     pub out: &'a mut Tensor<D>,
 }
 
+/// A norm of `x` into `out` with `per_element` FLOPs; a residual is read, its sum is written and counts one more.
+fn cost<D: Device>(
+    x: &Tensor<D>,
+    residual: Option<&Tensor<D>>,
+    weights: &[Option<&Tensor<D>>],
+    out: &Tensor<D>,
+    per_element: usize,
+) -> Cost {
+    let weights: usize = weights.iter().flatten().map(|w| w.size_in_bytes()).sum();
+    let flops = (per_element + usize::from(residual.is_some())) * x.elements();
+    let cost = Cost::default().add_flops(Arithmetic::F32, flops).add_weights(weights).add_activations(&[x, out]);
+    residual.map_or(cost, |residual| cost.add_activations(&[residual, residual]))
+}
+
+impl<D: Device> RmsNormArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        cost(self.x, self.residual.as_deref(), &[self.gamma], self.out, 4)
+    }
+}
+
+impl<D: Device> RmsNormInPlaceArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        cost(self.x, None, &[Some(self.gamma)], self.x, 4)
+    }
+}
+
+impl<D: Device> LayerNormArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        cost(self.x, self.residual.as_deref(), &[Some(self.gamma), self.beta], self.out, 7)
+    }
+}
+
 /// The norm family.
 pub trait NormOps: Device {
     /// Body of [`NormOps::rms_norm`]; arguments are checked.
@@ -77,7 +112,7 @@ pub trait NormOps: Device {
         if args.x.elements() == 0 {
             return Ok(());
         }
-        self.run_rms_norm(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, RmsNormArgs::cost, Self::run_rms_norm)
     }
 
     /// RMS norm of each row, in place.
@@ -91,7 +126,7 @@ pub trait NormOps: Device {
         if args.x.elements() == 0 {
             return Ok(());
         }
-        self.run_rms_norm_in_place(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, RmsNormInPlaceArgs::cost, Self::run_rms_norm_in_place)
     }
 
     /// Layer norm, optionally after adding a residual.
@@ -115,6 +150,6 @@ pub trait NormOps: Device {
         if args.x.elements() == 0 {
             return Ok(());
         }
-        self.run_layer_norm(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, LayerNormArgs::cost, Self::run_layer_norm)
     }
 }

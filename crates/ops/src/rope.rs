@@ -4,7 +4,10 @@ use std::f64::consts::PI;
 
 use marlin_formats::DType;
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, HostTensor, OpError, Result, Tensor, check};
+
+const FAMILY: &str = "rope";
 
 /// How inverse frequencies are derived from `theta`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -187,6 +190,14 @@ impl<D: Device> RopeTable<D> {
         2 * self.cos.columns()
     }
 
+    /// `tokens` rows of the table, and the rotation of `vectors` vectors.
+    fn cost(&self, tokens: usize, vectors: usize) -> Cost {
+        let pairs = self.cos.columns();
+        let mut cost = Cost::default().add_flops(Arithmetic::F32, 6 * pairs * vectors);
+        cost.activation_bytes += (2 * tokens * pairs * self.cos.dtype().size_in_bytes()) as u64;
+        cost
+    }
+
     fn check(&self, operation: &'static str) -> Result<()> {
         check::dtype(operation, "cos", &self.cos, DType::F32)?;
         check::dtype(operation, "sin", &self.sin, DType::F32)?;
@@ -244,6 +255,28 @@ pub struct MlaLatentWriteArgs<'a, D: Device> {
     pub start: usize,
 }
 
+impl<D: Device> RopeArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let (tokens, vectors) = (self.positions.elements(), self.x.rows());
+        let mut cost = self.table.cost(tokens, vectors).add_activations(&[self.positions]);
+        // Channels that are not rotated stay where they are.
+        cost.activation_bytes += (2 * vectors * self.table.rotary_dim() * self.x.dtype().size_in_bytes()) as u64;
+        cost
+    }
+}
+
+impl<D: Device> MlaLatentWriteArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let tokens = self.x.rows();
+        let mut cost = self.table.cost(tokens, tokens).add_activations(&[self.x, self.positions]);
+        if let Some(gamma) = self.gamma {
+            cost = cost.add_weights(gamma.size_in_bytes()).add_flops(Arithmetic::F32, 4 * tokens * gamma.elements());
+        }
+        cost.activation_bytes += (self.x.elements() * self.cache.dtype().size_in_bytes()) as u64;
+        cost
+    }
+}
+
 /// The rotary family.
 pub trait RopeOps: Device {
     /// Body of [`RopeOps::rope`]; arguments are checked, positions are not.
@@ -269,7 +302,7 @@ pub trait RopeOps: Device {
         if tokens == 0 || heads == 0 {
             return Ok(());
         }
-        self.run_rope(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, RopeArgs::cost, Self::run_rope)
     }
 
     /// Appends latent rows to an MLA cache.
@@ -306,7 +339,7 @@ pub trait RopeOps: Device {
         if tokens == 0 {
             return Ok(());
         }
-        self.run_mla_latent_write(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, MlaLatentWriteArgs::cost, Self::run_mla_latent_write)
     }
 }
 

@@ -2,7 +2,10 @@
 
 use marlin_formats::DType;
 
+use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, OpError, Result, Tensor, check};
+
+const FAMILY: &str = "sampling";
 
 /// Penalties, bans and temperature, applied in the order of the fields to an f32 row.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,6 +72,20 @@ pub struct SampleArgs<'a, D: Device> {
     pub ids: &'a mut Tensor<D>,
 }
 
+impl<D: Device> LogitsProcessArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let cost = Cost::default().add_flops(Arithmetic::F32, self.logits.elements());
+        cost.add_activations(&[self.logits, self.logits])
+    }
+}
+
+impl<D: Device> SampleArgs<'_, D> {
+    fn cost(&self) -> Cost {
+        let cost = Cost::default().add_flops(Arithmetic::F32, 3 * self.logits.elements());
+        cost.add_activations(&[self.logits, self.ids])
+    }
+}
+
 /// The sampling family. A NaN or +inf logit, or a row of only -inf, is an error ([`bad_logit_error`],
 /// [`empty_logits_error`]).
 pub trait SamplingOps: Device {
@@ -88,7 +105,9 @@ pub trait SamplingOps: Device {
         check_vocabulary(OP, logits)?;
         check::dtype(OP, "ids", ids, DType::U32)?;
         check::dims(OP, "ids", ids, &[logits.rows()])?;
-        self.run_argmax(logits, ids)
+        let cost = |(logits, ids): &(&Tensor<Self>, &mut Tensor<Self>)| Cost::default().add_activations(&[logits, ids]);
+        let body = |device: &Self, (logits, ids): (&Tensor<Self>, &mut Tensor<Self>)| device.run_argmax(logits, ids);
+        profile::run(self, Operation::new(FAMILY, OP), (logits, ids), cost, body)
     }
 
     /// Penalties and temperature.
@@ -108,7 +127,7 @@ pub trait SamplingOps: Device {
                 return Err(OpError::value(OP, name, reason));
             }
         }
-        self.run_process_logits(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, LogitsProcessArgs::cost, Self::run_process_logits)
     }
 
     /// A filtered draw: survivors in descending probability (ties: ascending index), the first whose cumulative weight
@@ -126,7 +145,7 @@ pub trait SamplingOps: Device {
         }
         check::dtype(OP, "ids", args.ids, DType::U32)?;
         check::dims(OP, "ids", args.ids, &[rows])?;
-        self.run_sample(args)
+        profile::run(self, Operation::new(FAMILY, OP), args, SampleArgs::cost, Self::run_sample)
     }
 }
 

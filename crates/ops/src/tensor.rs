@@ -84,6 +84,11 @@ impl<D: Device> Tensor<D> {
         self.shape.elements()
     }
 
+    /// Bytes of the elements in use.
+    pub fn size_in_bytes(&self) -> usize {
+        self.elements() * self.dtype.size_in_bytes()
+    }
+
     /// Last dimension, or 1 for a scalar.
     pub fn columns(&self) -> usize {
         self.dims().last().copied().unwrap_or(1)

@@ -1,5 +1,6 @@
 use marlin_formats::{DType, QuantizedMatrix};
 
+use crate::profile::{Arithmetic, Cost};
 use crate::{Device, HostTensor, OpError, Result};
 
 /// The stored values of one linear layer.
@@ -76,6 +77,14 @@ impl Weight {
         }
     }
 
+    /// Name of the dtype or format.
+    pub fn format_name(&self) -> &'static str {
+        match &self.data {
+            WeightData::Dense(t) => t.dtype().name(),
+            WeightData::Quantized(q) => q.scheme.format.name(),
+        }
+    }
+
     /// Stored size of the matrix and bias.
     pub fn size_in_bytes(&self) -> usize {
         let matrix = match &self.data {
@@ -94,6 +103,8 @@ pub struct Linear<D: Device> {
     in_features: usize,
     out_features: usize,
     size_in_bytes: usize,
+    format_name: &'static str,
+    arithmetic: Arithmetic,
     data: D::Weight,
 }
 
@@ -104,6 +115,8 @@ impl<D: Device> Linear<D> {
             in_features: weight.in_features(),
             out_features: weight.out_features(),
             size_in_bytes: weight.size_in_bytes(),
+            format_name: weight.format_name(),
+            arithmetic: device.arithmetic(&weight.data),
             data: device.prepare_weight(weight)?,
         })
     }
@@ -123,9 +136,20 @@ impl<D: Device> Linear<D> {
         self.size_in_bytes
     }
 
+    /// Name of the dtype or format.
+    pub fn format_name(&self) -> &'static str {
+        self.format_name
+    }
+
     /// The device's own form.
     pub fn data(&self) -> &D::Weight {
         &self.data
+    }
+
+    /// A product with `rows` rows of activations, which are not counted.
+    pub(crate) fn cost(&self, rows: usize) -> Cost {
+        let flops = 2 * rows * self.in_features * self.out_features;
+        Cost::default().add_weights(self.size_in_bytes).add_flops(self.arithmetic, flops)
     }
 }
 
@@ -144,8 +168,9 @@ pub struct ExpertWeights {
 pub struct ExpertStack<D: Device> {
     hidden: usize,
     intermediate: usize,
-    count: usize,
-    size_in_bytes: usize,
+    /// What one row costs with each expert.
+    costs: Vec<Cost>,
+    format_name: &'static str,
     data: D::Experts,
 }
 
@@ -155,8 +180,10 @@ impl<D: Device> ExpertStack<D> {
         const OP: &str = "expert stack";
         let first = experts.first().ok_or_else(|| OpError::value(OP, "experts", "is empty: at least one is needed"))?;
         let (hidden, intermediate) = (first.gate.in_features(), first.gate.out_features());
-        let mut size_in_bytes = 0;
+        let mut format_name = first.gate.format_name();
+        let mut costs = Vec::with_capacity(experts.len());
         for (e, expert) in experts.iter().enumerate() {
+            let mut cost = Cost::default();
             for (name, w, n, k) in [
                 ("gate", &expert.gate, intermediate, hidden),
                 ("up", &expert.up, intermediate, hidden),
@@ -167,12 +194,15 @@ impl<D: Device> ExpertStack<D> {
                     let expected = format!("[{n}, {k}] (expert {e})");
                     return Err(OpError::shape(OP, name, &found, expected));
                 }
-                size_in_bytes += w.size_in_bytes();
+                if w.format_name() != format_name {
+                    format_name = "mixed";
+                }
+                cost = cost.add_weights(w.size_in_bytes()).add_flops(device.arithmetic(&w.data), 2 * n * k);
             }
+            costs.push(cost);
         }
-        let count = experts.len();
         let data = device.prepare_experts(experts)?;
-        Ok(Self { hidden, intermediate, count, size_in_bytes, data })
+        Ok(Self { hidden, intermediate, costs, format_name, data })
     }
 
     /// Model width.
@@ -187,12 +217,30 @@ impl<D: Device> ExpertStack<D> {
 
     /// Number of experts.
     pub fn count(&self) -> usize {
-        self.count
+        self.costs.len()
     }
 
     /// Stored bytes of all experts.
     pub fn size_in_bytes(&self) -> usize {
-        self.size_in_bytes
+        self.costs.iter().map(|cost| cost.weight_bytes as usize).sum()
+    }
+
+    /// Name of the experts' dtype or format, `mixed` if they differ.
+    pub fn format_name(&self) -> &'static str {
+        self.format_name
+    }
+
+    /// The products of a row with each expert in `ids`, whose weights are read once however often they are chosen.
+    /// Ids outside the stack, which no backend accepts, count nothing.
+    pub(crate) fn cost(&self, ids: &[u32]) -> Cost {
+        let mut total = Cost::default();
+        let mut chosen = vec![false; self.costs.len()];
+        for &id in ids {
+            let Some(cost) = self.costs.get(id as usize) else { continue };
+            let seen = std::mem::replace(&mut chosen[id as usize], true);
+            total += if seen { Cost { weight_bytes: 0, ..*cost } } else { *cost };
+        }
+        total
     }
 
     /// The device's own form.

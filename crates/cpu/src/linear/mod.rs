@@ -11,7 +11,10 @@ mod int8;
 use std::ops::Range;
 
 use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
-use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual, embedding_id_error};
+use marlin_ops::linear::{
+    Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs, Residual,
+    embedding_id_error,
+};
 use marlin_ops::{LinearOps, Result};
 
 pub(crate) use self::int8::ActivationBlock;
@@ -19,6 +22,7 @@ use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::{CodeOrder, PackedWeight, Values};
+use crate::norm::{NormalizeRow, RmsNorm};
 use crate::pool::LEAST_WORK;
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
@@ -130,6 +134,58 @@ impl Cpu {
             }
             *slot = Some(blocks);
         }
+    }
+
+    /// Rows of `columns` after an operation's input norm; none without one.
+    fn normalized(
+        &self,
+        operation: &'static str,
+        x: &[f32],
+        columns: usize,
+        norm: Option<&InputNorm<'_, Self>>,
+    ) -> Result<Option<Scratch<'_, f32>>> {
+        let Some(norm) = norm else {
+            return Ok(None);
+        };
+        let gamma = Some(f32s(operation, "gamma", norm.gamma)?);
+        let norm = RmsNorm { gamma, gamma_offset: norm.gamma_offset, eps: norm.eps };
+        let mut normed = self.workspace.floats.take(x.len());
+        self.for_rows(&mut normed, columns, |i, row| {
+            row.copy_from_slice(&x[i * columns..][..columns]);
+            self.level.run(NormalizeRow { norm, row });
+        });
+        Ok(Some(normed))
+    }
+
+    /// Several products of one row, shared out as one.
+    fn project_row(&self, x: &Activations<'_>, projections: &mut [Projection<'_, Self>]) -> Result<()> {
+        let weights = |i: usize| projections[i].weight.data();
+        let tiles = (0..projections.len()).map(|i| weights(i).tiles()).sum();
+        let mut lines = self.workspace.lines.take(tiles);
+        let grain = self.pool.grain(tiles);
+        self.pool.for_chunks_of(tiles * LANES * x.columns, &mut lines, grain, |i, lines| {
+            let mut panels = self.panels(x.columns);
+            // The tile's weight, and its number there.
+            let (mut weight, mut tile) = (0, i * grain);
+            for line in lines {
+                while tile >= weights(weight).tiles() {
+                    tile -= weights(weight).tiles();
+                    weight += 1;
+                }
+                let layer = Layer { weight: weights(weight), activation: Activation::None, scale: 1.0 };
+                self.linear_tiles(&layer, tile..tile + 1, x, 0..1, &mut panels, std::slice::from_mut(line));
+                tile += 1;
+            }
+        });
+        let mut lines = &lines[..];
+        for Projection { weight, out } in projections {
+            let (own, others) = lines.split_at(weight.data().tiles());
+            for (line, out) in own.iter().zip(f32s_mut("projections", "out", out)?.chunks_mut(LANES)) {
+                out.copy_from_slice(&line.0[..out.len()]);
+            }
+            lines = others;
+        }
+        Ok(())
     }
 
     /// Scratch for products with weights of at most `in_features`.
@@ -451,13 +507,39 @@ impl LinearOps for Cpu {
         Ok(())
     }
 
+    fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
+        const OP: &str = "projections";
+        let (rows, columns) = (args.x.rows(), args.x.columns());
+        let x = f32s(OP, "x", args.x)?;
+        let normed = self.normalized(OP, x, columns, args.norm.as_ref())?;
+        let mut x = self.activations(normed.as_deref().unwrap_or(x), columns, &[], true);
+        for projection in &*args.projections {
+            self.prepare_activations(&mut x, &[projection.weight.data()], true);
+        }
+        if rows == 1 {
+            return self.project_row(&x, args.projections);
+        }
+        for Projection { weight, out } in args.projections {
+            let weight = weight.data();
+            let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
+            let shape = Shape { rows, columns: weight.out_features, in_features: columns, step: PAIR };
+            let out = f32s_mut(OP, "out", out)?;
+            self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
+                let lines = tiles.len() * rows.len();
+                self.linear_tiles(&layer, tiles, &x, rows, panels, &mut acc[..lines]);
+            });
+        }
+        Ok(())
+    }
+
     fn run_gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()> {
         const OP: &str = "gated_up";
         let gated = Gated { gate: args.gate.data(), up: args.up.data(), activation: args.activation };
         let in_features = gated.gate.in_features;
         let shape = Shape { rows: args.x.rows(), columns: gated.gate.out_features, in_features, step: 1 };
         let x = f32s(OP, "x", args.x)?;
-        let x = self.activations(x, in_features, &[gated.gate, gated.up], true);
+        let normed = self.normalized(OP, x, in_features, args.norm.as_ref())?;
+        let x = self.activations(normed.as_deref().unwrap_or(x), in_features, &[gated.gate, gated.up], true);
         let out = f32s_mut(OP, "out", args.out)?;
         self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
             self.gated_tile(&gated, tiles.start, &x, rows, panels, acc);

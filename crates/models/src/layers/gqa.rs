@@ -1,11 +1,12 @@
 //! Grouped-query attention (Llama, Qwen3): `o(attention(rope(norm(q x)), rope(norm(k x)), v x))`.
 
 use marlin_ops::attention::{AttentionArgs, EmptyRow, KvWriteArgs, Window};
+use marlin_ops::linear::{InputNorm, Projection, ProjectionsArgs};
 use marlin_ops::norm::RmsNormInPlaceArgs;
 use marlin_ops::rope::RopeArgs;
 use marlin_ops::{Backend, Linear, Tensor};
 
-use super::{Pass, Probe, project, project_onto};
+use super::{Pass, Probe, block_input, project_onto};
 use crate::cache::{LayerCache, cache_mismatch};
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::error::Result;
@@ -56,10 +57,12 @@ impl<B: Backend> Gqa<B> {
         })
     }
 
-    /// Adds the block's output for the normalised rows in `scratch.normed` to `scratch.hidden`.
+    /// Adds the block's output to `scratch.hidden`; it reads the norm of that, which `scratch.normed` holds unless a
+    /// norm to apply is given.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
+        norm: Option<InputNorm<'_, B>>,
         scratch: &mut Scratch<B>,
         cache: &mut LayerCache<B>,
         probe: &mut Probe<'_>,
@@ -67,18 +70,27 @@ impl<B: Backend> Gqa<B> {
         let LayerCache::Dense { k: keys, v: values } = cache else {
             return Err(cache_mismatch());
         };
-        let Scratch { q, k, v, .. } = scratch;
+        let Scratch { q, k, v, hidden, normed, .. } = scratch;
+        let x = block_input(norm, hidden, normed);
         let (backend, rows) = (pass.backend, pass.rows);
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
 
-        for (name, weight, out, heads) in [
-            ("self_attn.q_proj", &self.q_proj, &mut *q, heads),
-            ("self_attn.k_proj", &self.k_proj, &mut *k, kv_heads),
-            ("self_attn.v_proj", &self.v_proj, &mut *v, kv_heads),
-        ] {
-            probe.see(backend, name, &scratch.normed)?;
-            project(backend, &scratch.normed, weight, out)?;
-            out.reshape(&[rows, heads, head_dim])?;
+        for name in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
+            probe.see(backend, name, x)?;
+        }
+        q.reshape(&[rows, heads * head_dim])?;
+        for out in [&mut *k, &mut *v] {
+            out.reshape(&[rows, kv_heads * head_dim])?;
+        }
+        let projections = &mut [
+            Projection { weight: &self.q_proj, out: &mut *q },
+            Projection { weight: &self.k_proj, out: &mut *k },
+            Projection { weight: &self.v_proj, out: &mut *v },
+        ];
+        backend.projections(ProjectionsArgs { x, norm, projections })?;
+        q.reshape(&[rows, heads, head_dim])?;
+        for out in [&mut *k, &mut *v] {
+            out.reshape(&[rows, kv_heads, head_dim])?;
         }
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             for (x, gamma) in [(&mut *q, q_norm), (&mut *k, k_norm)] {

@@ -2,11 +2,12 @@
 //! latent row and one rotated key row per token, shared by all heads.
 
 use marlin_ops::attention::MlaAttentionArgs;
+use marlin_ops::linear::{InputNorm, Projection, ProjectionsArgs};
 use marlin_ops::norm::RmsNormArgs;
 use marlin_ops::rope::{MlaLatentWriteArgs, RopeArgs};
 use marlin_ops::{Backend, Linear, Tensor};
 
-use super::{Pass, Probe, project, project_onto};
+use super::{Pass, Probe, block_input, project_onto};
 use crate::cache::{LayerCache, cache_mismatch};
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::error::Result;
@@ -80,14 +81,17 @@ impl<B: Backend> Mla<B> {
         })
     }
 
-    /// Adds the block's output for the normalised rows in `scratch.normed` to `scratch.hidden`.
+    /// Adds the block's output to `scratch.hidden`; it reads the norm of that, which `scratch.normed` holds unless a
+    /// norm to apply is given.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
+        norm: Option<InputNorm<'_, B>>,
         scratch: &mut Scratch<B>,
         cache: &mut LayerCache<B>,
         probe: &mut Probe<'_>,
     ) -> Result<()> {
+        self.project_input(pass, norm, scratch, probe)?;
         self.write_queries(pass, scratch, probe)?;
         let LayerCache::Latent(cache) = cache else {
             return Err(cache_mismatch());
@@ -98,30 +102,52 @@ impl<B: Backend> Mla<B> {
         project_onto(pass.backend, &scratch.attended, &self.o_proj, &mut scratch.hidden)
     }
 
+    /// The two products of the block's input: queries or their latent rows, and the latent rows of keys and values.
+    fn project_input(
+        &self,
+        pass: &Pass<'_, B>,
+        norm: Option<InputNorm<'_, B>>,
+        scratch: &mut Scratch<B>,
+        probe: &mut Probe<'_>,
+    ) -> Result<()> {
+        let Scratch { q, q_latent, kv_latent, hidden, normed, .. } = scratch;
+        let x = block_input(norm, hidden, normed);
+        let (name, weight, out) = match &self.query {
+            Query::Direct(q_proj) => ("self_attn.q_proj", q_proj, q),
+            Query::Latent { q_a_proj, .. } => ("self_attn.q_a_proj", q_a_proj, q_latent),
+        };
+        probe.see(pass.backend, name, x)?;
+        probe.see(pass.backend, "self_attn.kv_a_proj_with_mqa", x)?;
+        out.reshape(&[pass.rows, weight.out_features()])?;
+        kv_latent.reshape(&[pass.rows, self.kv_a_proj.out_features()])?;
+        let projections = &mut [Projection { weight, out }, Projection { weight: &self.kv_a_proj, out: kv_latent }];
+        pass.backend.projections(ProjectionsArgs { x, norm, projections })?;
+        Ok(())
+    }
+
     /// Rotated queries of all heads, each `[nope | rope]`.
     fn write_queries(&self, pass: &Pass<'_, B>, scratch: &mut Scratch<B>, probe: &mut Probe<'_>) -> Result<()> {
         let Scratch { q, q_latent, q_latent_normed, .. } = scratch;
-        let (backend, x) = (pass.backend, &scratch.normed);
-        match &self.query {
-            Query::Direct(q_proj) => {
-                probe.see(backend, "self_attn.q_proj", x)?;
-                project(backend, x, q_proj, q)?;
-            }
-            Query::Latent { q_a_proj, norm, q_b_proj } => {
-                probe.see(backend, "self_attn.q_a_proj", x)?;
-                project(backend, x, q_a_proj, q_latent)?;
+        let backend = pass.backend;
+        if let Query::Latent { norm: gamma, q_b_proj, .. } = &self.query {
+            let mut norm = Some(InputNorm { gamma, gamma_offset: 0.0, eps: self.eps });
+            let mut x = &*q_latent;
+            if probe.is_active() {
                 q_latent_normed.reshape(q_latent.dims())?;
                 backend.rms_norm(RmsNormArgs {
                     x: q_latent,
                     residual: None,
-                    gamma: Some(norm),
+                    gamma: Some(gamma),
                     gamma_offset: 0.0,
                     eps: self.eps,
                     out: q_latent_normed,
                 })?;
                 probe.see(backend, "self_attn.q_b_proj", q_latent_normed)?;
-                project(backend, q_latent_normed, q_b_proj, q)?;
+                (x, norm) = (&*q_latent_normed, None);
             }
+            q.reshape(&[pass.rows, q_b_proj.out_features()])?;
+            let projections = &mut [Projection { weight: q_b_proj, out: &mut *q }];
+            backend.projections(ProjectionsArgs { x, norm, projections })?;
         }
         let (nope, rope) = (self.nope_head_dim, self.rope_head_dim);
         q.reshape(&[pass.rows, self.heads, nope + rope])?;
@@ -136,7 +162,7 @@ impl<B: Backend> Mla<B> {
         Ok(())
     }
 
-    /// Appends `[rms_norm(c) | rope(k_pe)]` rows to the cache.
+    /// Appends `[rms_norm(c) | rope(k_pe)]` of the latent rows to the cache.
     fn write_latent(
         &self,
         pass: &Pass<'_, B>,
@@ -146,8 +172,6 @@ impl<B: Backend> Mla<B> {
     ) -> Result<()> {
         let Scratch { kv_latent, .. } = scratch;
         let backend = pass.backend;
-        probe.see(backend, "self_attn.kv_a_proj_with_mqa", &scratch.normed)?;
-        project(backend, &scratch.normed, &self.kv_a_proj, kv_latent)?;
         backend.mla_latent_write(MlaLatentWriteArgs {
             x: kv_latent,
             gamma: Some(&self.kv_a_norm),

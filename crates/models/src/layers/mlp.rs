@@ -1,6 +1,6 @@
 //! Gated MLP: `down(act(gate x) * (up x))`.
 
-use marlin_ops::linear::{Activation, GatedUpArgs};
+use marlin_ops::linear::{Activation, GatedUpArgs, InputNorm};
 use marlin_ops::{Backend, Linear, Tensor};
 
 use super::{Probe, project_onto};
@@ -39,18 +39,43 @@ impl<B: Backend> Mlp<B> {
         out: &mut Tensor<B>,
         probe: &mut Probe<'_>,
     ) -> Result<()> {
+        self.gate(backend, x, None, inner, probe)?;
+        self.project_down(backend, inner, out, probe)
+    }
+
+    /// `inner = act(gate x) * (up x)`, x normalised first where a norm is given.
+    pub(crate) fn gate(
+        &self,
+        backend: &B,
+        x: &Tensor<B>,
+        norm: Option<InputNorm<'_, B>>,
+        inner: &mut Tensor<B>,
+        probe: &mut Probe<'_>,
+    ) -> Result<()> {
         let name = &self.name;
         probe.see(backend, format_args!("{name}.gate_proj"), x)?;
         probe.see(backend, format_args!("{name}.up_proj"), x)?;
         inner.reshape(&[x.rows(), self.gate_proj.out_features()])?;
         backend.gated_up(GatedUpArgs {
             x,
+            norm,
             gate: &self.gate_proj,
             up: &self.up_proj,
             activation: self.activation,
             out: inner,
         })?;
-        probe.see(backend, format_args!("{name}.down_proj"), inner)?;
+        Ok(())
+    }
+
+    /// Adds the rest of the MLP to `out`.
+    pub(crate) fn project_down(
+        &self,
+        backend: &B,
+        inner: &Tensor<B>,
+        out: &mut Tensor<B>,
+        probe: &mut Probe<'_>,
+    ) -> Result<()> {
+        probe.see(backend, format_args!("{}.down_proj", self.name), inner)?;
         project_onto(backend, inner, &self.down_proj, out)
     }
 

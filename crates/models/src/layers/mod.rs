@@ -5,7 +5,7 @@ mod mla;
 mod mlp;
 mod moe;
 
-use marlin_ops::linear::{Activation, LinearArgs, Residual};
+use marlin_ops::linear::{Activation, InputNorm, LinearArgs, Residual};
 use marlin_ops::norm::RmsNormArgs;
 use marlin_ops::rope::{Pairing, RopeTable};
 use marlin_ops::{Backend, Linear, Tensor};
@@ -87,18 +87,40 @@ impl<B: Backend> DecoderLayer<B> {
         cache: &mut LayerCache<B>,
         probe: &mut Probe<'_>,
     ) -> Result<()> {
-        self.norm(pass, scratch, &self.input_layernorm)?;
+        let norm = self.input_norm(pass, scratch, &self.input_layernorm, probe)?;
         match &self.attention {
-            Attention::Gqa(gqa) => gqa.forward(pass, scratch, cache, probe)?,
-            Attention::Mla(mla) => mla.forward(pass, scratch, cache, probe)?,
+            Attention::Gqa(gqa) => gqa.forward(pass, norm, scratch, cache, probe)?,
+            Attention::Mla(mla) => mla.forward(pass, norm, scratch, cache, probe)?,
         }
-        self.norm(pass, scratch, &self.post_attention_layernorm)?;
         match &self.feed_forward {
             FeedForward::Dense(mlp) => {
-                mlp.forward_onto(pass.backend, &scratch.normed, &mut scratch.inner, &mut scratch.hidden, probe)
+                let norm = self.input_norm(pass, scratch, &self.post_attention_layernorm, probe)?;
+                let Scratch { hidden, normed, inner, .. } = scratch;
+                mlp.gate(pass.backend, block_input(norm, hidden, normed), norm, inner, probe)?;
+                mlp.project_down(pass.backend, inner, hidden, probe)
             }
-            FeedForward::Moe(moe) => moe.forward(pass, scratch, probe),
+            FeedForward::Moe(moe) => {
+                // The router and the experts read the same rows.
+                self.norm(pass, scratch, &self.post_attention_layernorm)?;
+                moe.forward(pass, scratch, probe)
+            }
         }
+    }
+
+    /// The norm that the block's first products apply to `scratch.hidden` themselves; none when it had to be written to
+    /// `scratch.normed` for the probe to see.
+    fn input_norm<'a>(
+        &self,
+        pass: &Pass<'_, B>,
+        scratch: &mut Scratch<B>,
+        gamma: &'a Tensor<B>,
+        probe: &Probe<'_>,
+    ) -> Result<Option<InputNorm<'a, B>>> {
+        if probe.is_active() {
+            self.norm(pass, scratch, gamma)?;
+            return Ok(None);
+        }
+        Ok(Some(InputNorm { gamma, gamma_offset: 0.0, eps: self.eps }))
     }
 
     /// `scratch.normed = rms_norm(scratch.hidden)`.
@@ -126,6 +148,15 @@ impl<B: Backend> DecoderLayer<B> {
             FeedForward::Moe(moe) => moe.linear_mut(name),
         })
     }
+}
+
+/// The rows that a block's first products read.
+fn block_input<'a, B: Backend>(
+    norm: Option<InputNorm<'_, B>>,
+    hidden: &'a Tensor<B>,
+    normed: &'a Tensor<B>,
+) -> &'a Tensor<B> {
+    if norm.is_some() { hidden } else { normed }
 }
 
 /// Where the modules of a layer are named.

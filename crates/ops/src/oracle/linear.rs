@@ -1,8 +1,11 @@
 //! Linear layers.
 
-use super::{Oracle, OracleWeight, floats, special::activate, store, words};
+use super::{Oracle, OracleWeight, floats, norm::rms_rows, special::activate, store, words};
 use crate::activation::{ACTIVATION_BLOCK, quantize_activation_block};
-use crate::linear::{EmbeddingArgs, GatedUpArgs, LinearArgs, LinearOps, Residual, embedding_id_error};
+use crate::linear::{
+    EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, LinearOps, Projection, ProjectionsArgs, Residual,
+    embedding_id_error,
+};
 use crate::{Result, Tensor};
 
 impl OracleWeight {
@@ -35,6 +38,14 @@ fn round_activations(x: &[f64]) -> Vec<f64> {
     rounded
 }
 
+/// A row as the products of an operation with an input norm read it.
+fn normalized(x: &[f64], norm: Option<&InputNorm<'_, Oracle>>) -> Vec<f64> {
+    match norm {
+        Some(norm) if !x.is_empty() => rms_rows(x, x.len(), Some(norm.gamma), norm.gamma_offset, norm.eps),
+        _ => x.to_vec(),
+    }
+}
+
 /// The values that an epilogue adds, `[elements of out]`.
 pub(super) fn residual_values(residual: &Residual<'_, Oracle>, out: &Tensor<Oracle>) -> Vec<f64> {
     match residual {
@@ -62,11 +73,23 @@ impl LinearOps for Oracle {
         Ok(())
     }
 
+    fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
+        let k = args.x.columns();
+        for m in 0..args.x.rows() {
+            let x = normalized(&floats(args.x)[m * k..][..k], args.norm.as_ref());
+            for Projection { weight, out } in &mut *args.projections {
+                let weight = weight.data();
+                store(out, m * weight.out_features, &weight.apply(&x));
+            }
+        }
+        Ok(())
+    }
+
     fn run_gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()> {
         let (gate, up) = (args.gate.data(), args.up.data());
         let (k, n) = (gate.in_features, gate.out_features);
         for m in 0..args.x.rows() {
-            let x = &floats(args.x)[m * k..][..k];
+            let x = &normalized(&floats(args.x)[m * k..][..k], args.norm.as_ref());
             let h: Vec<f64> =
                 gate.apply(x).into_iter().zip(up.apply(x)).map(|(g, u)| activate(args.activation, g) * u).collect();
             store(args.out, m * n, &h);
@@ -123,7 +146,7 @@ mod tests {
         let (gate, up) = (dense(1, 2, &[1.0, 0.0]), dense(1, 2, &[0.0, 3.0]));
         let x = tensor(&[1, 2], &[1.0, 2.0]);
         let mut out = empty(&[1, 1]);
-        let args = GatedUpArgs { x: &x, gate: &gate, up: &up, activation: Activation::Silu, out: &mut out };
+        let args = GatedUpArgs { x: &x, norm: None, gate: &gate, up: &up, activation: Activation::Silu, out: &mut out };
         oracle.gated_up(args).unwrap();
         assert_close(&oracle.read_f64(&out).unwrap(), &[0.731_058_578_630_004_9 * 6.0], 1e-14);
     }

@@ -317,6 +317,7 @@ mod tests {
             let linear = |w: &Weight| Linear::new(&oracle, w.clone()).unwrap();
             let (mut h, mut y) = (empty(&[1, 1]), empty(&[1, 1]));
             let args = GatedUpArgs {
+                norm: None,
                 x: &x,
                 gate: &linear(&e.gate),
                 up: &linear(&e.up),

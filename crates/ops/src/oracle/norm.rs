@@ -31,7 +31,7 @@ fn add_residual(x: &Tensor<Oracle>, residual: Option<&mut Tensor<Oracle>>) -> Ve
 }
 
 /// Normalised rows times `gamma + gamma_offset`; gamma is all ones when absent.
-fn rms_rows(h: &[f64], columns: usize, gamma: Option<&Tensor<Oracle>>, offset: f32, eps: f32) -> Vec<f64> {
+pub(super) fn rms_rows(h: &[f64], columns: usize, gamma: Option<&Tensor<Oracle>>, offset: f32, eps: f32) -> Vec<f64> {
     let gamma = gamma.map_or(vec![1.0; columns], |g| floats(g).to_vec());
     h.chunks(columns)
         .flat_map(|row| rms_normalized(row, eps).into_iter().zip(&gamma))
