@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite: formatting, lints, every test. Needs only a Rust toolchain with rustfmt and clippy; as root on
-# Debian it installs a cross compiler and an emulator for the NEON code too.
+# The whole test suite: formatting, lints, every test, the unsafe code under AddressSanitizer. Needs only a Rust toolchain
+# with rustfmt and clippy; as root on Debian it installs a cross compiler and an emulator for the NEON code too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -8,4 +8,5 @@ cargo fmt --all --check
 cargo clippy --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude marlin-cli --no-deps --locked --quiet
 cargo test --workspace --release --locked
+tools/address_sanitizer.sh
 tools/aarch64.sh

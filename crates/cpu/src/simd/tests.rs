@@ -195,7 +195,7 @@ fn tables() {
             let index = index.map(|i| i >> 24);
             let found = floats!(s, s.lut256(&table, s.load_i(&index)));
             assert_eq!(found, bits(index.map(|i| table[i as usize])), "{level:?} lut256 {index:?}");
-            let index = index.map(|i| (i * 0x0107_2B35) & 0x0F0F_0F0F);
+            let index = index.map(|i| i.wrapping_mul(0x0107_2B35) & 0x0F0F_0F0F);
             let found = integers!(s, s.lut16_bytes(&bytes, s.load_i(&index)));
             let expected = index.map(|i| u32::from_le_bytes(i.to_le_bytes().map(|i| bytes[usize::from(i)])));
             assert_eq!(found, expected, "{level:?} lut16_bytes {index:?}");
