@@ -16,7 +16,7 @@ use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, optional_f32s, u32s, u32s_mut};
 use crate::layout::{PackedExpert, PackedExperts};
 use crate::linear::{Activations, Addend, Gated};
-use crate::simd::{LANES, Line};
+use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Largest number of tokens that is not sorted by expert.
 const DECODE_TOKENS: usize = 4;
@@ -164,16 +164,33 @@ fn group(ids: &[u32], offsets: &mut [u32], permutation: &mut [u32], inverse: &mu
     offsets[0] = 0;
 }
 
-/// One token's `out = addend + sum_s weights[s] rows[s]`, ascending s.
-fn combine<'a>(addend: &Addend<'_>, start: usize, weights: &[f32], row: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
-    match addend {
-        Addend::None => out.fill(0.0),
-        Addend::Add(residual) => out.copy_from_slice(&residual[start..start + out.len()]),
-        Addend::InPlace => {}
-    }
-    for (s, w) in weights.iter().enumerate() {
-        for (out, z) in out.iter_mut().zip(row(s)) {
-            *out += w * z;
+/// `out = addend + sum_s weights[s] rows[s]` for one token, or some of its columns; ascending s.
+struct Combine<'a, 'o, R> {
+    addend: Addend<'a>,
+    /// Of `out[0]` in the output.
+    start: usize,
+    weights: &'a [f32],
+    /// The row of a slot, as long as `out`.
+    row: R,
+    out: &'o mut [f32],
+}
+
+impl<'r, R: Fn(usize) -> &'r [f32]> Kernel for Combine<'_, '_, R> {
+    type Output = ();
+
+    // Plain loops: the compiler makes vectors of them.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let out = self.out;
+        match self.addend {
+            Addend::None => out.fill(0.0),
+            Addend::Add(residual) => out.copy_from_slice(&residual[self.start..self.start + out.len()]),
+            Addend::InPlace => {}
+        }
+        for (s, w) in self.weights.iter().enumerate() {
+            for (out, z) in out.iter_mut().zip((self.row)(s)) {
+                *out += w * z;
+            }
         }
     }
 }
@@ -276,13 +293,13 @@ impl<'a> ExpertMlp<'a> {
         }
     }
 
-    /// [`combine`] of slots stored as lines.
+    /// [`Combine`] of slots stored as lines.
     fn combine_lines(&self, t: usize, slots: Range<usize>, partial: &[Line<f32>], tiles: usize, out: &mut [f32]) {
         let weights = &self.weights[slots.clone()];
         for (tile, out) in out.chunks_mut(LANES).enumerate() {
             let start = t * self.hidden + tile * LANES;
             let row = |s: usize| &partial[(slots.start + s) * tiles + tile].0[..];
-            combine(&self.addend, start, weights, row, out);
+            self.cpu.level.run(Combine { addend: self.addend, start, weights, row, out });
         }
     }
 
@@ -320,7 +337,7 @@ impl<'a> ExpertMlp<'a> {
             let inverse = &inverse[t * self.top_k..(t + 1) * self.top_k];
             let weights = &self.weights[t * self.top_k..(t + 1) * self.top_k];
             let row = |s: usize| &sorted[inverse[s] as usize * self.hidden..][..self.hidden];
-            combine(&self.addend, t * self.hidden, weights, row, out);
+            self.cpu.level.run(Combine { addend: self.addend, start: t * self.hidden, weights, row, out });
         });
     }
 
@@ -433,7 +450,7 @@ impl MoeOps for Cpu {
             let inverse = &inverse[t * top_k..(t + 1) * top_k];
             let row = |s: usize| &z[inverse[s] as usize * columns..][..columns];
             let weights = &weights[t * top_k..(t + 1) * top_k];
-            combine(&addend, t * columns, weights, row, out);
+            self.level.run(Combine { addend, start: t * columns, weights, row, out });
         });
         Ok(())
     }
