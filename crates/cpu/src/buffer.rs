@@ -8,6 +8,9 @@ use marlin_ops::{OpError, Result, Tensor};
 use crate::Cpu;
 use crate::simd::{Kernel, LANES, Level, Simd};
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
 /// Storage of a tensor in host memory.
 pub enum Buffer {
     /// F32.
@@ -123,6 +126,17 @@ impl Kernel for Widen<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         widen(s, self.source, self.start, self.out);
+    }
+}
+
+/// Starts to bring `count` values of `source` from `start` closer, as far as there are any.
+#[inline(always)]
+pub(crate) fn prefetch<S: Simd>(s: S, source: Floats<'_>, start: usize, count: usize) {
+    match source {
+        Floats::F32(v) => (start..start + count).step_by(LINE_BYTES / 4).for_each(|i| s.prefetch(v, i)),
+        Floats::F16(v) | Floats::BF16(v) => {
+            (start..start + count).step_by(LINE_BYTES / 2).for_each(|i| s.prefetch(v, i));
+        }
     }
 }
 

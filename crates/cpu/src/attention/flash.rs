@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::buffer::{Floats, widen};
+use crate::buffer::{Floats, prefetch, widen};
 use crate::simd::math::exp;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -176,6 +176,7 @@ fn load_keys<S: Simd>(s: S, pieces: &[CacheRows<'_>], j0: usize, count: usize, w
             let mut column = 0;
             for piece in pieces {
                 let start = piece.start + (j0 + at + i) * piece.stride;
+                prefetch(s, piece.data, start + TILE * piece.stride, piece.width);
                 widen(s, piece.data, start, &mut row[column..column + piece.width]);
                 column += piece.width;
             }
@@ -200,6 +201,7 @@ fn load_values<S: Simd>(s: S, values: CacheRows<'_>, j0: usize, count: usize, ti
         let width = TILE.min(values.width - c * TILE);
         for (j, row) in block[..count].iter_mut().enumerate() {
             let start = values.start + (j0 + j) * values.stride + c * TILE;
+            prefetch(s, values.data, start + TILE * values.stride, width);
             widen(s, values.data, start, &mut row[..width]);
         }
     }
