@@ -45,6 +45,8 @@ pub struct Scratch<B: Backend> {
     pub(crate) head_normed: Tensor<B>,
     /// `[logit_rows, vocab]`.
     pub(crate) logits: Tensor<B>,
+    /// What was last written to `positions`.
+    position_values: Vec<u32>,
     chunk: usize,
     logit_rows: usize,
 }
@@ -134,6 +136,7 @@ impl<B: Backend> Scratch<B> {
             head_hidden: few(hidden)?,
             head_normed: few(hidden)?,
             logits: few(config.vocab_size)?,
+            position_values: Vec::with_capacity(chunk),
             chunk,
             logit_rows,
         })
@@ -153,9 +156,10 @@ impl<B: Backend> Scratch<B> {
     pub(crate) fn set_positions(&mut self, backend: &B, start: usize, rows: usize) -> Result<()> {
         let end = u32::try_from(start + rows)
             .map_err(|_| ModelError::request("position", format!("{start} + {rows} exceeds u32")))?;
-        let positions: Vec<u32> = (start as u32..end).collect();
+        self.position_values.clear();
+        self.position_values.extend(start as u32..end);
         self.positions.reshape(&[rows])?;
-        backend.write_u32(&positions, &mut self.positions)?;
+        backend.write_u32(&self.position_values, &mut self.positions)?;
         Ok(())
     }
 }
