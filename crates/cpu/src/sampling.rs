@@ -13,7 +13,7 @@ use crate::buffer::{f32s, f32s_mut, u32s_mut};
 const FIRST_SORTED: usize = 256;
 
 /// An id and its probability (or logit, before the softmax).
-type Candidate = (u32, f64);
+pub(crate) type Candidate = (u32, f64);
 
 /// Value descending, then id ascending.
 fn order(a: &Candidate, b: &Candidate) -> Ordering {
@@ -21,17 +21,17 @@ fn order(a: &Candidate, b: &Candidate) -> Ordering {
 }
 
 /// Candidates of one row; the first `sorted` are in order and not below any later one.
-struct Candidates {
-    items: Vec<Candidate>,
+struct Candidates<'a> {
+    items: &'a mut Vec<Candidate>,
     sorted: usize,
 }
 
-impl Candidates {
-    /// Softmax over the finite logits (the `top_k` largest of them).
-    fn new(logits: &[f32], top_k: Option<usize>) -> Self {
+impl<'a> Candidates<'a> {
+    /// Softmax over the finite logits (the `top_k` largest of them); `items` is empty.
+    fn new(logits: &[f32], top_k: Option<usize>, items: &'a mut Vec<Candidate>) -> Self {
         let finite = (0..).zip(logits).filter(|(_, l)| **l != f32::NEG_INFINITY);
         // Adding 0 makes -0 equal to +0 under the total order.
-        let items = finite.map(|(id, &l)| (id, f64::from(l) + 0.0)).collect();
+        items.extend(finite.map(|(id, &l)| (id, f64::from(l) + 0.0)));
         let mut out = Self { items, sorted: 0 };
         if let Some(k) = top_k.filter(|&k| k < out.items.len()) {
             out.items.select_nth_unstable_by(k, order);
@@ -112,8 +112,8 @@ impl Candidates {
     }
 }
 
-fn sample_row(logits: &[f32], filter: &SampleFilter, u: f64) -> u32 {
-    let mut candidates = Candidates::new(logits, filter.top_k);
+fn sample_row(logits: &[f32], filter: &SampleFilter, u: f64, items: &mut Vec<Candidate>) -> u32 {
+    let mut candidates = Candidates::new(logits, filter.top_k, items);
     if let Some(p) = filter.top_p {
         candidates.keep_mass(f64::from(p));
     }
@@ -212,7 +212,7 @@ impl SamplingOps for Cpu {
             check_row(OP, r, row)?;
             let (key, step) = (args.rows[r], args.steps[r]);
             let word = random_word(args.seed, Stream::Categorical, key, step, 0);
-            *id = sample_row(row, args.filter, uniform(word));
+            *id = self.workspace.candidates.lend(|items| sample_row(row, args.filter, uniform(word), items));
         }
         Ok(())
     }

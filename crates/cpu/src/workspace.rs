@@ -4,6 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::linear::ActivationBlock;
+use crate::sampling::Candidate;
 use crate::simd::Line;
 
 /// Idle buffers of one element type.
@@ -21,6 +22,15 @@ impl<T: Clone + Default> Shelf<T> {
 }
 
 impl<T> Shelf<T> {
+    /// Calls `f` with an empty list.
+    pub(crate) fn lend<R>(&self, f: impl FnOnce(&mut Vec<T>) -> R) -> R {
+        let mut list = self.lock().pop().unwrap_or_default();
+        list.clear();
+        let result = f(&mut list);
+        self.lock().push(list);
+        result
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Vec<T>>> {
         // Idle buffers carry no state that a panic could break.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -73,6 +83,8 @@ pub(crate) struct Workspace {
     pub(crate) blocks: Shelf<ActivationBlock>,
     /// Index lists.
     pub(crate) indices: Shelf<u32>,
+    /// Tokens to sample from.
+    pub(crate) candidates: Shelf<Candidate>,
     /// Router scores.
     pub(crate) doubles: Shelf<f64>,
 }
