@@ -11,9 +11,7 @@ use marlin_formats::{Format, Group, QuantizedMatrix, Scheme};
 use marlin_ops::linear::{Activation, GatedUpArgs, LinearArgs, Residual};
 use marlin_ops::moe::ExpertMlpArgs;
 use marlin_ops::rng::{Stream, random_word};
-use marlin_ops::{
-    Device, ExpertStack, ExpertWeights, HostTensor, Linear, LinearOps, MoeOps, Result, Tensor, Weight,
-};
+use marlin_ops::{Device, ExpertStack, ExpertWeights, HostTensor, Linear, LinearOps, MoeOps, Result, Tensor, Weight};
 
 const EXPERTS: usize = 64;
 const TOP_K: usize = 4;

@@ -1,6 +1,8 @@
 use half::{bf16, f16};
 use marlin_formats::DType;
-use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight};
+use marlin_ops::activation::takes_int8_activations;
+use marlin_ops::profile::{Arithmetic, Profiler};
+use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight, WeightData};
 
 use crate::Buffer;
 use crate::buffer::{self, Floats};
@@ -42,6 +44,7 @@ pub struct Cpu {
     pub(crate) pool: Pool,
     pub(crate) level: Level,
     pub(crate) workspace: Workspace,
+    profiler: Profiler,
     exact: bool,
 }
 
@@ -60,6 +63,7 @@ impl Cpu {
             pool: Pool::new(options.threads)?,
             level: level(isa)?,
             workspace: Workspace::default(),
+            profiler: Profiler::default(),
             exact: options.exact,
         })
     }
@@ -209,6 +213,17 @@ impl Device for Cpu {
 
     fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<PackedExperts> {
         PackedExperts::new(&self.pool, experts)
+    }
+
+    fn arithmetic(&self, data: &WeightData) -> Arithmetic {
+        match data {
+            WeightData::Quantized(q) if !self.exact && takes_int8_activations(&q.scheme) => Arithmetic::Int8,
+            _ => Arithmetic::F32,
+        }
+    }
+
+    fn profiler(&self) -> Option<&Profiler> {
+        Some(&self.profiler)
     }
 }
 

@@ -25,4 +25,3 @@ mod workspace;
 pub use buffer::Buffer;
 pub use device::{Cpu, CpuOptions, Isa};
 pub use layout::{PackedExperts, PackedWeight};
-pub use roofline::Roofline;

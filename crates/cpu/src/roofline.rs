@@ -3,6 +3,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use marlin_ops::profile::Roofline;
+
 use crate::Cpu;
 use crate::simd::{Kernel, LANES, Line, Simd};
 
@@ -10,22 +12,16 @@ use crate::simd::{Kernel, LANES, Line, Simd};
 const REPEATS: usize = 5;
 /// Bytes read, far more than caches hold.
 const READ_BYTES: usize = 1 << 28;
-/// Steps of the arithmetic loop.
+/// Steps of the arithmetic loops.
 const STEPS: usize = 1 << 20;
-/// Independent sums, enough to cover the latency of a dot product.
-const CHAINS: usize = 12;
-
-/// Upper bounds of this machine with the threads and instructions of a [`Cpu`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Roofline {
-    /// Bytes per second that plain reads of memory reach.
-    pub read_bytes_per_s: f64,
-    /// 8-bit multiplications and additions per second of dot products on registers (two for each product).
-    pub int8_ops_per_s: f64,
-}
+/// Independent sums with 32 vector registers of 64 bytes, enough to cover the latency of an instruction.
+const WIDE_CHAINS: usize = 12;
+/// The same where sixteen lanes take several registers.
+const CHAINS: usize = 5;
 
 impl Cpu {
-    /// Measures both bounds with all threads; takes about a second and 256 MiB.
+    /// Measures what the threads and instructions of this device can do at most; takes less than a second, and 256 MiB
+    /// while it runs.
     pub fn roofline(&self) -> Roofline {
         let data = vec![Line([1u32; LANES]); READ_BYTES / size_of::<Line<u32>>()];
         let share = data.len().div_ceil(self.threads());
@@ -33,9 +29,16 @@ impl Cpu {
             let end = data.len().min((i + 1) * share);
             self.level.run(Read(&data[end.min(i * share)..end]));
         });
-        let dots = self.fastest(|_| self.level.run(Dots));
-        let ops = STEPS * CHAINS * LANES * 8 * self.threads();
-        Roofline { read_bytes_per_s: READ_BYTES as f64 / read, int8_ops_per_s: ops as f64 / dots }
+        drop(data);
+        let chains = self.level.run(Chains);
+        let per_second = |ops_per_lane: usize, seconds: f64| {
+            (STEPS * chains * LANES * ops_per_lane * self.threads()) as f64 / seconds
+        };
+        Roofline {
+            read_bytes_per_s: READ_BYTES as f64 / read,
+            f32_flops_per_s: per_second(2, self.fastest(|_| self.level.run(Products))),
+            int8_ops_per_s: per_second(8, self.fastest(|_| self.level.run(Dots))),
+        }
     }
 
     /// Seconds that one call per thread takes at best.
@@ -68,6 +71,52 @@ impl Kernel for Read<'_> {
     }
 }
 
+/// How many independent sums the arithmetic loops keep.
+struct Chains;
+
+impl Kernel for Chains {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> usize {
+        if S::WIDE { WIDE_CHAINS } else { CHAINS }
+    }
+}
+
+/// f32 products added up on registers.
+struct Products;
+
+impl Kernel for Products {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if S::WIDE { products::<S, WIDE_CHAINS>(s) } else { products::<S, CHAINS>(s) }
+    }
+}
+
+// Each step reads one factor anew and each chain has its own other factor: no product can be computed just once.
+
+#[inline(always)]
+fn products<S: Simd, const N: usize>(s: S) {
+    let (mut a, b) = ([s.splat(0.0); N], Line([0.25; LANES]));
+    for (i, a) in a.iter_mut().enumerate() {
+        *a = s.splat(black_box(i as f32));
+    }
+    let mut sums = [s.splat(0.0); N];
+    for _ in 0..STEPS {
+        let b = s.load(&black_box(&b).0);
+        for (sum, a) in sums.iter_mut().zip(a) {
+            *sum = s.fma(a, b, *sum);
+        }
+    }
+    let mut total = s.splat(0.0);
+    for sum in sums {
+        total = s.add(total, sum);
+    }
+    black_box(s.reduce_add(total));
+}
+
 /// Dot products on registers.
 struct Dots;
 
@@ -76,15 +125,24 @@ impl Kernel for Dots {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (bytes, x) = (s.splat_i(black_box(0x0102_0304)), black_box(0x0403_0201));
-        let mut sums = [s.splat_i(0); CHAINS];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = s.dot4(*sum, bytes, x);
-            }
-        }
-        finish(s, sums);
+        if S::WIDE { dots::<S, WIDE_CHAINS>(s) } else { dots::<S, CHAINS>(s) }
     }
+}
+
+#[inline(always)]
+fn dots<S: Simd, const N: usize>(s: S) {
+    let (mut bytes, x) = ([s.splat_i(0); N], 0x0403_0201);
+    for (i, bytes) in bytes.iter_mut().enumerate() {
+        *bytes = s.splat_i(black_box(0x0102_0304 + i as i32));
+    }
+    let mut sums = [s.splat_i(0); N];
+    for _ in 0..STEPS {
+        let x = *black_box(&x);
+        for (sum, bytes) in sums.iter_mut().zip(bytes) {
+            *sum = s.dot4(*sum, bytes, x);
+        }
+    }
+    finish(s, sums);
 }
 
 #[inline(always)]
@@ -104,6 +162,7 @@ mod tests {
         let cpu = Cpu::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
         let bounds = cpu.roofline();
         assert!(bounds.read_bytes_per_s > 1e8 && bounds.read_bytes_per_s.is_finite());
+        assert!(bounds.f32_flops_per_s > 1e8 && bounds.f32_flops_per_s.is_finite());
         assert!(bounds.int8_ops_per_s > 1e8 && bounds.int8_ops_per_s.is_finite());
     }
 }

@@ -398,7 +398,63 @@ fn check_kv_len(
 
 #[cfg(test)]
 mod tests {
+    use marlin_formats::DType;
+
     use super::*;
+    use crate::oracle::Oracle;
+    use crate::{HostTensor, Weight};
+
+    #[test]
+    fn costs_count_visible_pairs_and_the_rows_behind_them() {
+        let zeros = |dtype, dims: &[usize]| Oracle::new().zeros(dtype, dims).unwrap();
+        let (q, mut out) = (zeros(DType::F32, &[2, 3, 4, 8]), zeros(DType::F32, &[2, 3, 4, 6]));
+        let (k, v) = (zeros(DType::F16, &[2, 2, 16, 8]), zeros(DType::F16, &[2, 2, 16, 6]));
+        let mut cost = |causal, window| {
+            let (kv_len, scale, empty_row) = (&[3, 10][..], 1.0, EmptyRow::Error);
+            let (softcap, mask, sinks, out) = (None, None, None, &mut out);
+            AttentionArgs { q: &q, k: &k, v: &v, kv_len, scale, causal, window, softcap, mask, sinks, empty_row, out }
+                .cost()
+        };
+        let activation_bytes = 4 * 2 * 3 * 4 * (8 + 6);
+        let expected = |pairs: u64, keys: u64| Cost {
+            f32_flops: 2 * 4 * pairs * (8 + 6),
+            cache_bytes: 2 * 2 * keys * (8 + 6),
+            activation_bytes,
+            ..Cost::default()
+        };
+        // Positions 0, 1, 2 of three keys, then 7, 8, 9 of ten.
+        assert_eq!(cost(true, Window::None), expected(1 + 2 + 3 + 8 + 9 + 10, 3 + 10));
+        assert_eq!(cost(false, Window::None), expected(3 * 3 + 3 * 10, 3 + 10));
+        assert_eq!(cost(true, Window::Left(2)), expected(1 + 2 + 2 + 2 + 2 + 2, 3 + 4));
+        assert_eq!(cost(false, Window::Symmetric { left: 1, right: 1 }), expected(2 + 3 + 2 + 3 + 3 + 2, 3 + 4));
+    }
+
+    #[test]
+    fn costs_of_both_forms_of_latent_attention() {
+        let zeros = |dtype, dims: &[usize]| Oracle::new().zeros(dtype, dims).unwrap();
+        // H 2, n 4, R 2, v 3, r 5; two queries after three rows.
+        let kv_b = Weight::dense(HostTensor::from_f32(&[14, 5], &[0.0; 70]).unwrap()).unwrap();
+        let args = MlaAttentionArgs {
+            q: &zeros(DType::F32, &[1, 2, 2, 6]),
+            cache: &zeros(DType::BF16, &[1, 8, 7]),
+            kv_len: &[5],
+            kv_b: &Linear::new(&Oracle::new(), kv_b).unwrap(),
+            nope_head_dim: 4,
+            rope_head_dim: 2,
+            scale: 1.0,
+            out: &mut zeros(DType::F32, &[1, 2, 2, 3]),
+        };
+        let expected = |f32_flops| Cost {
+            f32_flops,
+            cache_bytes: 5 * 7 * 2,
+            weight_bytes: 70 * 4,
+            activation_bytes: 4 * 2 * 2 * (6 + 3),
+            ..Cost::default()
+        };
+        // Nine pairs: 4 + 5 visible rows.
+        assert_eq!(args.cost(false), expected(2 * 2 * (5 * 5 * 7 + 9 * 9)));
+        assert_eq!(args.cost(true), expected(2 * 2 * (2 * 5 * 7 + 9 * 12)));
+    }
 
     #[test]
     fn visibility() {

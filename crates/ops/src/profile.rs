@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | `linear` | `2 M N K` | weight |
 //! | `projections` | `2 M N K` for each weight, the norm 4 per element of x | weights, norm weights |
-//! | `gated_up` | `4 M N K` | both weights |
+//! | `gated_up` | `4 M N K`, the norm 4 per element of x | both weights, norm weights |
 //! | `embedding` | 0 | one row of the table a token |
 //! | `attention` | `2 (D + Dv)` per query head and visible (query, key) pair, mask aside | cache rows that some query sees, mask, sinks |
 //! | `mla_prefill` | `2 r H (n + v)` per cache row, `2 H (n + R + v)` per pair | cache rows, `kv_b` |
@@ -158,7 +158,7 @@ pub struct Record {
     pub cost: Cost,
 }
 
-/// Collects the records of a device. Idle until [`Profiler::start`]; then an idle one costs a load per operation.
+/// Collects the records of a device. Idle until [`Profiler::start`]; while idle it costs each operation one load.
 #[derive(Default)]
 pub struct Profiler {
     recording: AtomicBool,
