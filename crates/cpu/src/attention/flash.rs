@@ -134,6 +134,11 @@ impl Kernel for Flash<'_, '_> {
         self.out.fill(0.0);
         let first = self.queries.iter().map(|q| q.first).min().unwrap_or(0);
         let end = self.queries.iter().map(|q| q.end).max().unwrap_or(0);
+        for j in first..end.min(first + TILE) {
+            for rows in self.keys.iter().chain([&self.values]) {
+                prefetch(s, rows.data, rows.start + j * rows.stride, rows.width);
+            }
+        }
         for j0 in (first..end).step_by(TILE) {
             let count = TILE.min(end - j0);
             load_keys(s, self.keys, j0, count, width, &mut work);

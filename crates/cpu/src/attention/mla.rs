@@ -17,8 +17,10 @@ use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Latent rows expanded at once, and queries attended at once, in the prefill.
 const ROW_BLOCK: usize = 32;
-/// (query, head) rows of one task of the absorbed form: they share one pass over the cache.
-const DECODE_ROWS: usize = 8;
+/// Most (query, head) rows of one task of the absorbed form: they share one pass over the cache.
+const DECODE_ROWS: usize = 32;
+/// Least rows of one, which pay for widening the cache once more.
+const LEAST_DECODE_ROWS: usize = 4;
 
 /// One call.
 pub(super) struct Mla<'a> {
@@ -162,22 +164,25 @@ impl<'a> Mla<'a> {
                 out,
             });
         });
-        // Rows of one sequence are [Sq, H]; tasks take DECODE_ROWS of them.
+        // Rows of one sequence are [Sq, H]; tasks take `block` of them.
         let value_width = padded(d.rank);
-        let blocks = (d.queries * d.heads).div_ceil(DECODE_ROWS);
-        let task_len = DECODE_ROWS * value_width;
+        let per_sequence = d.queries * d.heads;
+        let block = per_sequence.div_ceil(cpu.pool.threads()).clamp(LEAST_DECODE_ROWS, DECODE_ROWS);
+        let blocks = per_sequence.div_ceil(block);
+        let task_len = block * value_width;
         let mut latent = cpu.workspace.floats.take(d.batch * blocks * task_len);
         let empty = EmptyRows::new();
         let keys: usize = self.kv_len.iter().sum();
         let work = keys * d.queries * d.heads * (2 * d.rank + d.rope);
         cpu.pool.for_chunks_of(work, &mut latent, task_len, |task, out| {
-            let (b, first) = (task / blocks, task % blocks * DECODE_ROWS);
-            self.decode_rows(b, first, &absorbed, out, &empty);
+            let (b, first) = (task / blocks, task % blocks * block);
+            let rows = first..per_sequence.min(first + block);
+            self.decode_rows(b, rows, &absorbed, out, &empty);
         });
         empty.check(d.queries, d.heads)?;
         let mut heads = cpu.workspace.floats.take(d.heads * rows * d.value);
         cpu.pool.for_chunks_of(projection, &mut heads, rows * d.value, |h, out| {
-            self.project_values(h, &latent, blocks, out);
+            self.project_values(h, &latent, blocks * block, out);
         });
         if d.value == 0 {
             return Ok(());
@@ -189,13 +194,13 @@ impl<'a> Mla<'a> {
         Ok(())
     }
 
-    /// (query, head) rows from `first` of sequence `b`; `absorbed` is `[H, B Sq, r]`, `out` `[rows, r padded]`.
-    fn decode_rows(&self, b: usize, first: usize, absorbed: &[f32], out: &mut [f32], empty: &EmptyRows) {
+    /// Some (query, head) rows of sequence `b`; `absorbed` is `[H, B Sq, r]`, `out` `[rows, r padded]`.
+    fn decode_rows(&self, b: usize, rows: Range<usize>, absorbed: &[f32], out: &mut [f32], empty: &EmptyRows) {
         let (cpu, d) = (self.cpu, self.dims);
-        let count = DECODE_ROWS.min(d.queries * d.heads - first);
+        let count = rows.len();
         let row_width = d.rank + d.rope;
         let (width, value_width) = (padded(row_width), padded(d.rank));
-        let row_id = |r: usize| b * d.queries * d.heads + first + r;
+        let row_id = |r: usize| b * d.queries * d.heads + rows.start + r;
         let mut queries = [Query::EMPTY; DECODE_ROWS];
         let mut q = cpu.workspace.floats.take(count * width);
         for (r, row) in q.chunks_exact_mut(width).enumerate() {
@@ -207,7 +212,7 @@ impl<'a> Mla<'a> {
             row[row_width..].fill(0.0);
             queries[r].end = self.visible(b, query % d.queries);
         }
-        let scratch_len = Flash::scratch_len(width, value_width, DECODE_ROWS);
+        let scratch_len = Flash::scratch_len(width, value_width, count);
         let mut seen = [false; DECODE_ROWS];
         let cache_rows =
             |width| CacheRows { data: self.cache, start: b * d.capacity * row_width, stride: row_width, width };
@@ -226,14 +231,14 @@ impl<'a> Mla<'a> {
         record_empty(&seen[..count], row_id, empty);
     }
 
-    /// `out[query] = V_h latent[query, h]`; `latent` is `[B, blocks, DECODE_ROWS, r padded]`.
-    fn project_values(&self, h: usize, latent: &[f32], blocks: usize, out: &mut [f32]) {
+    /// `out[query] = V_h latent[query, h]`; `latent` is `[B, rows of a sequence and padding, r padded]`.
+    fn project_values(&self, h: usize, latent: &[f32], sequence_rows: usize, out: &mut [f32]) {
         let (cpu, d) = (self.cpu, self.dims);
         let (rows, width) = (d.batch * d.queries, padded(d.rank));
         let mut x = cpu.workspace.floats.take(rows * d.rank);
         for (query, x) in x.chunks_exact_mut(d.rank.max(1)).enumerate() {
             let (b, r) = (query / d.queries, query % d.queries * d.heads + h);
-            let at = (b * blocks * DECODE_ROWS + r) * width;
+            let at = (b * sequence_rows + r) * width;
             x.copy_from_slice(&latent[at..at + d.rank]);
         }
         let x = cpu.activations(&x, d.rank, &[], false);

@@ -77,10 +77,10 @@ impl<'a> Attention<'a> {
         self.queries.div_ceil(self.block())
     }
 
-    /// Multiplications at most.
+    /// Multiplications at most, those of one query counted eightfold: they wait for the cache.
     fn work(&self) -> usize {
         let keys: usize = self.kv_len.iter().sum();
-        keys * self.queries * self.heads * (self.head_dim + self.value_dim)
+        keys * self.queries.max(8) * self.heads * (self.head_dim + self.value_dim)
     }
 
     /// Query `i` of head `h` in sequence `b`.

@@ -79,10 +79,24 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// Scratch of one task.
+/// Scratch of one task, taken by the first product that needs it: threads share its source, and int8 products of a
+/// single row do without.
 pub(crate) struct Panels<'a> {
-    floats: Scratch<'a, Line<f32>>,
-    codes: Scratch<'a, Line<u32>>,
+    cpu: &'a Cpu,
+    in_features: usize,
+    floats: Option<Scratch<'a, Line<f32>>>,
+    codes: Option<Scratch<'a, Line<u32>>>,
+}
+
+impl Panels<'_> {
+    fn lines(&mut self) -> (&mut [Line<f32>], &mut [Line<u32>]) {
+        let (codes, floats) = int8::panel_lines(self.in_features);
+        let workspace = &self.cpu.workspace;
+        (
+            self.floats.get_or_insert_with(|| workspace.lines.take(floats.max(decode::PANEL))),
+            self.codes.get_or_insert_with(|| workspace.codes.take(codes)),
+        )
+    }
 }
 
 impl Cpu {
@@ -190,8 +204,7 @@ impl Cpu {
 
     /// Scratch for products with weights of at most `in_features`.
     pub(crate) fn panels(&self, in_features: usize) -> Panels<'_> {
-        let (codes, floats) = int8::panel_lines(in_features);
-        Panels { floats: self.workspace.lines.take(floats.max(decode::PANEL)), codes: self.workspace.codes.take(codes) }
+        Panels { cpu: self, in_features, floats: None, codes: None }
     }
 
     /// `acc[t][r] = x[rows[r]] W_t` for the columns of one or two tiles; two tiles share a format and size.
@@ -206,6 +219,10 @@ impl Cpu {
         debug_assert_eq!(acc.len(), tiles.len() * rows.len());
         let order = self.int8_order(tiles[0].0);
         let int8 = order.and_then(|order| x.int8[order as usize].as_deref());
+        let (floats, codes): (&mut [_], &mut [_]) = match int8 {
+            Some(_) if rows.len() == 1 => (&mut [], &mut []),
+            _ => panels.lines(),
+        };
         self.level.run(TileProduct {
             tiles,
             x: Rows { data: x.x, stride: x.columns, first: rows.start, index: x.index },
@@ -215,7 +232,8 @@ impl Cpu {
                 first: rows.start,
                 index: x.index,
             }),
-            panels,
+            floats,
+            codes,
             acc,
         });
     }
@@ -456,20 +474,21 @@ impl<'a> Addend<'a> {
     }
 }
 
-struct TileProduct<'a, 'p> {
+struct TileProduct<'a> {
     tiles: &'a [(&'a PackedWeight, usize)],
     x: Rows<'a, f32>,
     int8: Option<Rows<'a, ActivationBlock>>,
-    panels: &'a mut Panels<'p>,
+    floats: &'a mut [Line<f32>],
+    codes: &'a mut [Line<u32>],
     acc: &'a mut [Line<f32>],
 }
 
-impl Kernel for TileProduct<'_, '_> {
+impl Kernel for TileProduct<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Panels { floats, codes } = self.panels;
+        let Self { floats, codes, .. } = self;
         let quantized = |i: usize| match self.tiles.get(i) {
             Some(&(PackedWeight { values: Values::Quantized(weight), .. }, index)) => Some(Tile { weight, index }),
             _ => None,
