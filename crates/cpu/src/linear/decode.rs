@@ -46,6 +46,15 @@ pub(crate) fn load_scale<S: Simd>(s: S, scales: &Scales, line: usize) -> S::F {
     }
 }
 
+/// Starts to bring group line `line` closer.
+#[inline(always)]
+pub(crate) fn prefetch_scale<S: Simd>(s: S, scales: &Scales, line: usize) {
+    match scales {
+        Scales::F16(lines) => s.prefetch(lines, line),
+        Scales::Byte { bytes, .. } => s.prefetch(bytes, line),
+    }
+}
+
 /// The zero points of group line `line`, 0 in formats without them.
 #[inline(always)]
 pub(crate) fn load_zero<S: Simd>(s: S, zeros: &[[u16; 16]], line: usize) -> S::F {

@@ -19,7 +19,7 @@ use crate::layout::{CodeOrder, Quantized};
 use crate::simd::{Kernel, LANES, Line, Simd};
 
 use super::Rows;
-use super::decode::{load_scale, load_zero};
+use super::decode::{load_scale, load_zero, prefetch_scale};
 
 /// Vectors of codes in a block.
 const VECTORS: usize = ACTIVATION_BLOCK / 4;
@@ -388,6 +388,7 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
         let mut zeros = [s.splat(0.0); 2];
         for half in 0..kind::halves(KIND) {
             let line = tile.index * q.groups + kind::halves(KIND) * g + half;
+            prefetch_scale(s, &q.scales, line + kind::halves(KIND) * AHEAD.div_ceil(per_group));
             scales[half] = s.mul(load_scale(s, &q.scales, line), factor);
             if kind::has_zeros(KIND) {
                 zeros[half] = load_zero(s, &q.zeros, line);
