@@ -208,11 +208,12 @@ def write(golden: Golden, folder: Path, seed: int) -> None:
     # One key only: safetensors writes several in random order, and equal seeds must give equal files.
     metadata = {"reference": f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, seed {seed}"}
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "golden.safetensors", metadata=metadata)
-    verify(golden, folder, logits, tokens)
+    verify(golden, folder, model, logits, tokens)
 
 
-def verify(golden: Golden, folder: Path, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+def verify(golden: Golden, folder: Path, written: torch.nn.Module, logits: torch.Tensor, tokens: torch.Tensor) -> None:
     """transformers must reload the folder as written, and agree with itself well within the parity tolerance."""
+    expected = {name: value.clone() for name, value in written.state_dict().items()}
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)
     model.eval()
     problems = []
@@ -222,6 +223,10 @@ def verify(golden: Golden, folder: Path, logits: torch.Tensor, tokens: torch.Ten
     unexpected = [name for name in info["unexpected_keys"] if not any(part in name for part in ignorable)]
     if unexpected:
         problems.append(f"reload: unexpected {unexpected}")
+    found = model.state_dict()
+    changed = [name for name, value in expected.items() if name not in found or not torch.equal(found[name], value)]
+    if changed or found.keys() != expected.keys():
+        problems.append(f"reload: other values of {changed}, other names {sorted(found.keys() ^ expected.keys())}")
     reload_error = relative_difference(forward(model, tokens)[0], logits)
     if not reload_error <= MAX_RELOAD_ERROR:
         problems.append(f"reloaded logits differ by {reload_error:.1e}")

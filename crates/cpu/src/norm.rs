@@ -80,7 +80,7 @@ impl Cpu {
 }
 
 /// Rows of `h`: `x`, or `x + residual`, which also becomes the residual.
-enum Input<'a> {
+pub(crate) enum Input<'a> {
     X(&'a [f32]),
     /// Already written to the output.
     Done,
@@ -106,6 +106,16 @@ impl<'a> Input<'a> {
     }
 }
 
+impl Cpu {
+    /// RMS norm of the input's rows into `out`.
+    pub(crate) fn normalize_rows(&self, norm: RmsNorm<'_>, input: &Input<'_>, columns: usize, out: &mut [f32]) {
+        self.for_rows(out, columns, |i, row| {
+            input.load(i, row);
+            self.level.run(NormalizeRow { norm, row });
+        });
+    }
+}
+
 impl NormOps for Cpu {
     fn run_rms_norm(&self, args: RmsNormArgs<'_, Self>) -> Result<()> {
         const OP: &str = "rms_norm";
@@ -116,10 +126,7 @@ impl NormOps for Cpu {
         let residual = args.residual.map(|r| f32s_mut(OP, "residual", r)).transpose()?;
         let out = f32s_mut(OP, "out", args.out)?;
         let input = Input::new(x, residual, out);
-        self.for_rows(out, columns, |i, row| {
-            input.load(i, row);
-            self.level.run(NormalizeRow { norm, row });
-        });
+        self.normalize_rows(norm, &input, columns, out);
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::{CodeOrder, PackedWeight, Values};
-use crate::norm::{NormalizeRow, RmsNorm};
+use crate::norm::{Input, RmsNorm};
 use crate::pool::LEAST_WORK;
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
@@ -164,10 +164,7 @@ impl Cpu {
         let gamma = Some(f32s(operation, "gamma", norm.gamma)?);
         let norm = RmsNorm { gamma, gamma_offset: norm.gamma_offset, eps: norm.eps };
         let mut normed = self.workspace.floats.take(x.len());
-        self.for_rows(&mut normed, columns, |i, row| {
-            row.copy_from_slice(&x[i * columns..][..columns]);
-            self.level.run(NormalizeRow { norm, row });
-        });
+        self.normalize_rows(norm, &Input::X(x), columns, &mut normed);
         Ok(Some(normed))
     }
 
