@@ -9,7 +9,7 @@ use crate::{Device, Linear, OpError, Result, Tensor, check};
 const FAMILY: &str = "linear";
 
 /// Pointwise function of an epilogue or a gated product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// x.
     None,

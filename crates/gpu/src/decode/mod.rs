@@ -1,0 +1,192 @@
+//! Weight decoders: what the words of a column mean, for every kernel that reads weights.
+//!
+//! All weights lie K-major, words `[word rows, N]`, so that neighbouring units read neighbouring words: quantized ones as
+//! they are stored ([`marlin_formats::pack`]), dense ones with one f32 or two 16-bit values a word. The smallest whole
+//! unit is a *unit* of 1 to 32 input features; a group of weights that share a scale has whole units.
+
+mod scale;
+
+use cubecl::ir::{ElemType, FloatKind, UIntKind};
+use cubecl::prelude::*;
+use half::f16;
+use marlin_formats::pack::Layout;
+use marlin_formats::{DType, Format, ScaleKind, Scheme};
+
+pub(crate) use scale::{group_scale, group_zero};
+
+/// How a weight is decoded; kernels are compiled for it.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) struct Decoder {
+    pub(crate) codes: Codes,
+    pub(crate) levels: Levels,
+    pub(crate) scale: Scale,
+    /// Zero points are subtracted before scaling.
+    pub(crate) zeros: bool,
+    /// Input features that share a scale; 0 without scales.
+    pub(crate) group_size: usize,
+}
+
+/// How codes lie in words.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) enum Codes {
+    F32,
+    F16,
+    BF16,
+    Packed(Layout),
+}
+
+/// The value of a code at zero point 0.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) enum Levels {
+    /// Dense values stand for themselves.
+    Dense,
+    /// E2M1.
+    Fp4,
+    /// `code - half / 2`.
+    Minus { half: i32 },
+    /// Two's complement byte.
+    Signed8,
+    /// Looked up in the weight's table.
+    Table,
+}
+
+/// The stored scale of a group.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) enum Scale {
+    None,
+    F16,
+    /// A byte, looked up in the weight's table.
+    Byte,
+}
+
+impl Decoder {
+    /// The decoder of a dense weight.
+    pub(crate) fn dense(dtype: DType) -> Self {
+        let codes = match dtype {
+            DType::F16 => Codes::F16,
+            DType::BF16 => Codes::BF16,
+            _ => Codes::F32,
+        };
+        Self { codes, levels: Levels::Dense, scale: Scale::None, zeros: false, group_size: 0 }
+    }
+
+    /// The decoder of a quantized weight.
+    pub(crate) fn quantized(scheme: Scheme) -> Self {
+        let format = scheme.format;
+        let levels = match format {
+            Format::Fp4E2m1 | Format::Nvfp4 | Format::Mxfp4 => Levels::Fp4,
+            Format::Int4U4 | Format::Int8Asym => Levels::Minus { half: 0 },
+            Format::Int4S4 => Levels::Minus { half: 16 },
+            Format::Int8 => Levels::Signed8,
+            Format::Int3 => Levels::Minus { half: 7 },
+            Format::Int2 => Levels::Minus { half: 3 },
+            Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Nf4 | Format::Nf3 | Format::Nf2 => Levels::Table,
+        };
+        let scale = match format.scale_kind() {
+            ScaleKind::F16 => Scale::F16,
+            ScaleKind::E4m3 | ScaleKind::E8m0 => Scale::Byte,
+        };
+        let codes = Codes::Packed(format.layout());
+        Self { codes, levels, scale, zeros: format.has_zeros(), group_size: scheme.group_size }
+    }
+
+    /// Input features of a unit.
+    pub(crate) const fn unit(self) -> usize {
+        match self.codes {
+            Codes::F32 => 1,
+            Codes::F16 | Codes::BF16 => 2,
+            Codes::Packed(layout) => layout.codes_per_unit(),
+        }
+    }
+
+    /// Words of a unit.
+    pub(crate) const fn words(self) -> usize {
+        match self.codes {
+            Codes::Packed(layout) => layout.words_per_unit(),
+            _ => 1,
+        }
+    }
+
+    /// The element type of the scales that kernels see.
+    pub(crate) fn scale_elem(self) -> ElemType {
+        match self.scale {
+            Scale::F16 => ElemType::Float(FloatKind::F16),
+            Scale::Byte => ElemType::UInt(UIntKind::U8),
+            Scale::None => ElemType::UInt(UIntKind::U32),
+        }
+    }
+}
+
+/// The levels of unit `unit` of column `n`, before zero point and scale: [`Decoder::unit`] values in the order of K.
+/// `words` starts at the weight's first word, or at an expert's.
+#[cube]
+pub(crate) fn decode_unit(
+    words: &[u32],
+    table: &[f32],
+    start: usize,
+    unit: usize,
+    n: usize,
+    columns: usize,
+    #[comptime] d: Decoder,
+) -> Array<f32> {
+    let mut out = Array::<f32>::new(comptime!(d.unit()));
+    let at = start + unit * comptime!(d.words()) * columns + n;
+    match comptime!(d.codes) {
+        Codes::F32 => {
+            out[0] = f32::reinterpret(words[at]);
+        }
+        Codes::F16 => {
+            let pair = Vector::<f16, Const<2>>::reinterpret(words[at]);
+            out[0] = f32::cast_from(pair.extract(0usize));
+            out[1] = f32::cast_from(pair.extract(1usize));
+        }
+        Codes::BF16 => {
+            let word = words[at];
+            out[0] = f32::reinterpret(word << 16u32);
+            out[1] = f32::reinterpret(word & 0xffff_0000u32);
+        }
+        Codes::Packed(layout) => {
+            if comptime!(layout == Layout::Planar3) {
+                let low = words[at];
+                let middle = words[at + columns];
+                let high = words[at + 2usize * columns];
+                #[unroll]
+                for i in 0..16usize {
+                    let a =
+                        ((low >> comptime!(2 * i as u32)) & 3u32) | (((high >> comptime!(i as u32)) & 1u32) << 2u32);
+                    let b = ((middle >> comptime!(2 * i as u32)) & 3u32)
+                        | (((high >> comptime!(i as u32 + 16)) & 1u32) << 2u32);
+                    out[i] = level(a, table, d.levels);
+                    out[comptime!(i + 16)] = level(b, table, d.levels);
+                }
+            } else {
+                let word = words[at];
+                let mask = comptime!((1u32 << layout.bits()) - 1u32);
+                #[unroll]
+                for i in 0..comptime!(layout.codes_per_unit()) {
+                    let code = (word >> comptime!(layout.bits() * i as u32)) & mask;
+                    out[i] = level(code, table, d.levels);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// The value of a code at zero point 0.
+#[cube]
+pub(crate) fn level(code: u32, table: &[f32], #[comptime] levels: Levels) -> f32 {
+    match comptime!(levels) {
+        // Dense values are no codes.
+        Levels::Dense => f32::reinterpret(code),
+        Levels::Fp4 => {
+            // Twice the magnitude, a hexadecimal digit for each of the eight.
+            let doubled = (0xc864_3210u32 >> ((code & 7u32) * 4u32)) & 15u32;
+            let magnitude = u32::reinterpret(f32::cast_from(doubled) * 0.5f32);
+            f32::reinterpret(magnitude | ((code & 8u32) << 28u32))
+        }
+        Levels::Minus { half } => f32::cast_from(code) - comptime!(half as f32 * 0.5),
+        Levels::Signed8 => f32::cast_from(i32::cast_from(code << 24u32) >> 24i32),
+        Levels::Table => table[code as usize],
+    }
+}

@@ -1,0 +1,94 @@
+//! Bad values inside operands, found by kernels: an id outside a table, a query without a key, a NaN logit.
+//!
+//! A kernel records the smallest offending index in the slot of its fault; the next read of any tensor returns the
+//! error and clears the record.
+
+use cubecl::prelude::*;
+use marlin_ops::OpError;
+
+/// What can go wrong, in the order of the slots.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// `embedding`: index of the id.
+    EmbeddingId,
+    /// `attention`: index of the query.
+    EmptyRow,
+    /// `argmax`: index of the logit.
+    ArgmaxLogit,
+    /// `logits_process`: index of the logit.
+    ProcessLogit,
+    /// `sample`: index of the logit.
+    SampleLogit,
+    /// `argmax`: row.
+    ArgmaxEmpty,
+    /// `sample`: row.
+    SampleEmpty,
+    /// `moe_route`: index of the logit.
+    RouterLogit,
+    /// Mixture operations: index of the assignment.
+    ExpertId,
+    /// `rope`: index of the position.
+    RopePosition,
+}
+
+/// Slots of a record.
+pub(crate) const SLOTS: usize = 16;
+
+/// An empty record.
+pub(crate) const CLEAR: [u32; SLOTS] = [u32::MAX; SLOTS];
+
+const ALL: [Fault; 10] = [
+    Fault::EmbeddingId,
+    Fault::EmptyRow,
+    Fault::ArgmaxLogit,
+    Fault::ProcessLogit,
+    Fault::SampleLogit,
+    Fault::ArgmaxEmpty,
+    Fault::SampleEmpty,
+    Fault::RouterLogit,
+    Fault::ExpertId,
+    Fault::RopePosition,
+];
+
+/// Records `fault` at `index`.
+#[cube]
+pub(crate) fn record(faults: &mut [Atomic<u32>], #[comptime] fault: Fault, index: usize) {
+    faults[comptime!(fault as usize)].fetch_min(index as u32);
+}
+
+/// The error of a record, if it holds one.
+pub(crate) fn error(record: &[u32]) -> Option<OpError> {
+    let (fault, index) = ALL.into_iter().zip(record).find(|(_, index)| **index != u32::MAX)?;
+    Some(match fault {
+        Fault::EmbeddingId => OpError::value("embedding", "ids", format!("[{index}] is outside the vocabulary")),
+        Fault::EmptyRow => OpError::value("attention", "q", format!("query {index} sees no key")),
+        Fault::ArgmaxLogit => logit("argmax", *index),
+        Fault::ProcessLogit => logit("logits_process", *index),
+        Fault::SampleLogit => logit("sample", *index),
+        Fault::ArgmaxEmpty => marlin_ops::sampling::empty_logits_error("argmax", *index as usize),
+        Fault::SampleEmpty => marlin_ops::sampling::empty_logits_error("sample", *index as usize),
+        Fault::RouterLogit => OpError::value("moe_route", "logits", format!("element {index} is NaN or +inf")),
+        Fault::ExpertId => OpError::value("moe", "ids", format!("[{index}] is no expert of this layer")),
+        Fault::RopePosition => OpError::value("rope", "positions", format!("[{index}] is outside the tables")),
+    })
+}
+
+fn logit(operation: &'static str, index: u32) -> OpError {
+    OpError::value(operation, "logits", format!("element {index} is NaN or +inf"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_in_order() {
+        for (slot, fault) in ALL.into_iter().enumerate() {
+            assert_eq!(fault as usize, slot);
+            let mut record = CLEAR;
+            assert!(error(&record).is_none());
+            record[slot] = 7;
+            assert!(error(&record).unwrap().to_string().contains('7'));
+        }
+    }
+}

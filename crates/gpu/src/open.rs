@@ -1,0 +1,100 @@
+//! Which devices there are, and opening one.
+
+use marlin_ops::{OpError, Result};
+
+use crate::Gpu;
+
+/// A device that this build can open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// `cuda`, `metal` or `vulkan`.
+    pub kind: &'static str,
+    /// Number among the devices of its kind.
+    pub index: usize,
+    /// What the driver calls it.
+    pub name: String,
+    /// A processor that only pretends to be a GPU.
+    pub software: bool,
+}
+
+/// The Vulkan backend.
+#[cfg(feature = "vulkan")]
+pub type Vulkan = Gpu<cubecl::wgpu::WgpuRuntime>;
+
+/// The CUDA backend.
+#[cfg(feature = "cuda")]
+pub type Cuda = Gpu<cubecl::cuda::CudaRuntime>;
+
+/// Opens the CUDA device with this index, or the first.
+///
+/// # Errors
+/// A device error if there is no such device.
+#[cfg(feature = "cuda")]
+pub fn cuda(index: Option<usize>) -> Result<Cuda> {
+    use cubecl::Runtime;
+    let device = cubecl::cuda::CudaDevice::new(index.unwrap_or(0));
+    Ok(Gpu::new(cubecl::cuda::CudaRuntime::client(&device), "cuda"))
+}
+
+/// All devices of this build, the best first.
+pub fn devices() -> Vec<DeviceInfo> {
+    let mut devices = Vec::new();
+    #[cfg(feature = "vulkan")]
+    devices.extend(adapters().into_iter().map(|(_, info)| info));
+    devices.sort_by_key(|device| device.software);
+    devices
+}
+
+/// Opens the Vulkan device with this index, or the best one.
+///
+/// # Errors
+/// A device error if there is no such device.
+#[cfg(feature = "vulkan")]
+pub fn vulkan(index: Option<usize>) -> Result<Vulkan> {
+    use cubecl::Runtime;
+    let adapters = adapters();
+    let absent = || {
+        let found: Vec<_> = adapters.iter().map(|(_, info)| format!("{}: {}", info.index, info.name)).collect();
+        let found = if found.is_empty() { "there is none".into() } else { format!("there are {}", found.join(", ")) };
+        let which = index.map_or("a Vulkan device".into(), |i| format!("Vulkan device {i}"));
+        OpError::Device { operation: "open", reason: format!("{which} is not available: {found}") }
+    };
+    let (device, _) = match index {
+        Some(index) => adapters.iter().find(|(_, info)| info.index == index),
+        None => adapters.iter().min_by_key(|(_, info)| info.software),
+    }
+    .ok_or_else(absent)?;
+    Ok(Gpu::new(cubecl::wgpu::WgpuRuntime::client(device), "vulkan"))
+}
+
+/// The Vulkan adapters, by the name that CubeCL knows them by: kind and number within the kind.
+#[cfg(feature = "vulkan")]
+fn adapters() -> Vec<(cubecl::wgpu::WgpuDevice, DeviceInfo)> {
+    use cubecl::wgpu::WgpuDevice;
+    use wgpu::DeviceType;
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::VULKAN,
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let adapters = cubecl::future::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
+    let mut numbers = [0; 3];
+    let mut number = |kind: usize| {
+        numbers[kind] += 1;
+        numbers[kind] - 1
+    };
+    let known = adapters.into_iter().filter_map(|adapter| {
+        let info = adapter.get_info();
+        let device = match info.device_type {
+            DeviceType::DiscreteGpu => WgpuDevice::DiscreteGpu(number(0)),
+            DeviceType::IntegratedGpu => WgpuDevice::IntegratedGpu(number(1)),
+            DeviceType::VirtualGpu => WgpuDevice::VirtualGpu(number(2)),
+            DeviceType::Cpu => WgpuDevice::Cpu,
+            DeviceType::Other => return None,
+        };
+        Some((device, info.name, info.device_type == DeviceType::Cpu))
+    });
+    let numbered = known.enumerate();
+    numbered
+        .map(|(index, (device, name, software))| (device, DeviceInfo { kind: "vulkan", index, name, software }))
+        .collect()
+}
