@@ -25,3 +25,4 @@ mod workspace;
 pub use buffer::Buffer;
 pub use device::{Cpu, CpuOptions, Isa};
 pub use layout::{PackedExperts, PackedWeight};
+pub use roofline::PlainReads;

@@ -1,7 +1,7 @@
 //! What the machine could do at most: the rates that kernels are measured against.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use marlin_ops::profile::Roofline;
 
@@ -19,38 +19,62 @@ const WIDE_CHAINS: usize = 12;
 /// The same where sixteen lanes take several registers.
 const CHAINS: usize = 5;
 
+/// Plain reads of memory by all threads of a device, each going through its own part of one buffer from start to end: the
+/// yardstick of kernels that wait for memory. Holds [`PlainReads::BYTES`] of memory.
+pub struct PlainReads<'a> {
+    cpu: &'a Cpu,
+    data: Vec<Line<u32>>,
+}
+
+impl PlainReads<'_> {
+    /// Bytes that a pass reads.
+    pub const BYTES: usize = READ_BYTES;
+
+    /// The time of one pass.
+    pub fn pass(&self) -> Duration {
+        let share = self.data.len().div_ceil(self.cpu.threads());
+        self.cpu.time_on_all_threads(|i| {
+            let end = self.data.len().min((i + 1) * share);
+            self.cpu.level.run(Read(&self.data[end.min(i * share)..end]));
+        })
+    }
+}
+
 impl Cpu {
+    /// Takes the memory that plain reads go through.
+    pub fn plain_reads(&self) -> PlainReads<'_> {
+        PlainReads { cpu: self, data: vec![Line([1u32; LANES]); READ_BYTES / size_of::<Line<u32>>()] }
+    }
+
     /// Measures what the threads and instructions of this device can do at most; takes less than a second, and 256 MiB
     /// while it runs.
     pub fn roofline(&self) -> Roofline {
-        let data = vec![Line([1u32; LANES]); READ_BYTES / size_of::<Line<u32>>()];
-        let share = data.len().div_ceil(self.threads());
-        let read = self.fastest(|i| {
-            let end = data.len().min((i + 1) * share);
-            self.level.run(Read(&data[end.min(i * share)..end]));
-        });
-        drop(data);
+        let reads = self.plain_reads();
+        let read = fastest(|| reads.pass());
+        drop(reads);
         let chains = self.level.run(Chains);
         let per_second = |ops_per_lane: usize, seconds: f64| {
             (STEPS * chains * LANES * ops_per_lane * self.threads()) as f64 / seconds
         };
         Roofline {
             read_bytes_per_s: READ_BYTES as f64 / read,
-            f32_flops_per_s: per_second(2, self.fastest(|_| self.level.run(Products))),
-            int8_ops_per_s: per_second(8, self.fastest(|_| self.level.run(Dots))),
+            f32_flops_per_s: per_second(2, fastest(|| self.time_on_all_threads(|_| self.level.run(Products)))),
+            int8_ops_per_s: per_second(8, fastest(|| self.time_on_all_threads(|_| self.level.run(Dots)))),
         }
     }
 
-    /// Seconds that one call per thread takes at best.
-    fn fastest(&self, work: impl Fn(usize) + Sync + Send) -> f64 {
+    /// The time of one call per thread.
+    fn time_on_all_threads(&self, work: impl Fn(usize) + Sync + Send) -> Duration {
         let mut slots = vec![(); self.threads()];
-        let times = (0..REPEATS).map(|_| {
-            let start = Instant::now();
-            self.pool.for_chunks(&mut slots, 1, |i, _| work(i));
-            start.elapsed().as_secs_f64()
-        });
-        times.fold(f64::INFINITY, f64::min)
+        let start = Instant::now();
+        self.pool.for_chunks(&mut slots, 1, |i, _| work(i));
+        start.elapsed()
     }
+}
+
+/// Seconds of the best of some runs.
+fn fastest(run: impl Fn() -> Duration) -> f64 {
+    (0..REPEATS).map(|_| run().as_secs_f64()).fold(f64::INFINITY, f64::min)
 }
 
 /// Reads lines.

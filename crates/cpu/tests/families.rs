@@ -108,9 +108,12 @@ fn rotary() {
 
 struct Attend {
     queries: usize,
+    /// Only the last query of each sequence is asked for.
+    last: bool,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     kv_len: [usize; 2],
     dtype: DType,
     causal: bool,
@@ -122,9 +125,11 @@ struct Attend {
 
 const ATTEND: Attend = Attend {
     queries: 3,
+    last: false,
     heads: 4,
     kv_heads: 2,
     head_dim: 24,
+    value_dim: 70,
     kv_len: [150, 7],
     dtype: DType::F32,
     causal: true,
@@ -136,9 +141,15 @@ const ATTEND: Attend = Attend {
 
 impl Computation for Attend {
     fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
-        let (sq, hq, hkv, d, dv) = (self.queries, self.heads, self.kv_heads, self.head_dim, 70);
+        let (sq, hq, hkv, d, dv) = (self.queries, self.heads, self.kv_heads, self.head_dim, self.value_dim);
         let capacity = 160;
-        let q = upload(device, &[2, sq, hq, d], &normals(2 * sq * hq * d, 1))?;
+        let asked = if self.last { 1 } else { sq };
+        // Of `[groups, Sq, width]`.
+        let asked_rows = |values: Vec<f32>, width: usize| -> Vec<f32> {
+            let groups = values.chunks(sq * width);
+            groups.flat_map(|group| group[(sq - asked) * width..].to_vec()).collect()
+        };
+        let q = upload(device, &[2, asked, hq, d], &asked_rows(normals(2 * sq * hq * d, 1), hq * d))?;
         let mut k = device.zeros(self.dtype, &[2, hkv, capacity, d])?;
         let mut v = device.zeros(self.dtype, &[2, hkv, capacity, dv])?;
         for (sequence, &len) in self.kv_len.iter().enumerate() {
@@ -157,9 +168,9 @@ impl Computation for Attend {
         let keys = self.kv_len[0].max(self.kv_len[1]);
         let mut mask = normals(hq * sq * keys, 20);
         mask.iter_mut().skip(1).step_by(3).for_each(|m| *m = f32::NEG_INFINITY);
-        let mask = upload(device, &[1, hq, sq, keys], &mask)?;
+        let mask = upload(device, &[1, hq, asked, keys], &asked_rows(mask, keys))?;
         let sinks = upload(device, &[hq], &normals(hq, 21))?;
-        let mut out = poisoned(device, &[2, sq, hq, dv])?;
+        let mut out = poisoned(device, &[2, asked, hq, dv])?;
         device.attention(AttentionArgs {
             q: &q,
             k: &k,
@@ -199,6 +210,48 @@ fn attention() {
     ];
     for (i, case) in cases.iter().enumerate() {
         check(case, true, 2e-6, &format!("case {i}"));
+    }
+}
+
+/// One query of whole vectors takes a way of its own, for groups of up to eight heads.
+const DECODE: Attend = Attend { queries: 1, head_dim: 64, value_dim: 48, ..ATTEND };
+
+#[test]
+fn attention_of_one_query() {
+    let groups = [1, 2, 3, 5, 8, 9].map(|heads| Attend { heads, kv_heads: 1, mask: true, sinks: true, ..DECODE });
+    let dtypes = [DType::F16, DType::BF16].map(|dtype| Attend { dtype, value_dim: 144, ..DECODE });
+    let others = [
+        Attend { kv_len: [1, 64], ..DECODE },
+        Attend { kv_len: [65, 17], softcap: Some(2.0), ..DECODE },
+        Attend { window: Window::Left(70), sinks: true, ..DECODE },
+        Attend { window: Window::Left(1), ..DECODE },
+        Attend { causal: false, window: Window::Symmetric { left: 100, right: 1 }, mask: true, ..DECODE },
+        Attend { head_dim: 256, value_dim: 16, heads: 12, kv_heads: 12, ..DECODE },
+        // Ten tasks for three threads.
+        Attend { head_dim: 128, value_dim: 128, heads: 5, kv_heads: 5, ..DECODE },
+    ];
+    for (i, case) in groups.iter().chain(&dtypes).chain(&others).enumerate() {
+        check(case, true, 2e-6, &format!("case {i}"));
+    }
+}
+
+/// Decoding a token gives what the same token gives within a longer piece, to the last bit.
+#[test]
+fn attention_does_not_depend_on_the_other_queries() {
+    let plain = Attend { queries: 5, ..DECODE };
+    for case in [
+        Attend { dtype: DType::F16, ..plain },
+        Attend { dtype: DType::BF16, sinks: true, heads: 14, ..plain },
+        Attend { mask: true, softcap: Some(3.0), heads: 6, value_dim: 128, ..plain },
+    ] {
+        for cpu in cpus(true) {
+            let all = case.run(&cpu).unwrap();
+            let alone = Attend { last: true, ..case }.run(&cpu).unwrap();
+            let per_sequence = all.chunks(all.len() / 2);
+            let last: Vec<f64> = per_sequence.flat_map(|rows| rows[rows.len() / 5 * 4..].to_vec()).collect();
+            let bits = |v: &[f64]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&alone), bits(&last), "{:?}, {} threads", cpu.isa(), cpu.threads());
+        }
     }
 }
 

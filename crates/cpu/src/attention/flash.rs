@@ -11,7 +11,7 @@ use crate::simd::math::exp;
 use crate::simd::{Kernel, LANES, Simd};
 
 /// Keys of a tile, and columns of a block of values.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// Vectors of a tile's row.
 const VECTORS: usize = TILE / LANES;
 
@@ -62,7 +62,7 @@ pub(super) struct Flash<'a, 'b> {
 }
 
 /// A row of a tile.
-type TileRow = [f32; TILE];
+pub(super) type TileRow = [f32; TILE];
 
 /// Parts of the scratch memory.
 struct Workspace<'a> {
@@ -82,11 +82,33 @@ struct Workspace<'a> {
 
 /// Keys of a tile that a query sees.
 #[derive(Clone, Copy, Default)]
-struct Visible {
+pub(super) struct Visible {
     lo: usize,
     hi: usize,
     /// One bit for each key of the tile: those between that a mask hides.
     hidden: u64,
+}
+
+impl Visible {
+    /// Whether these are the first `count` keys, none of them hidden.
+    pub(super) fn sees_first(&self, count: usize) -> bool {
+        self.lo == 0 && self.hi == count && self.hidden == 0
+    }
+
+    /// The next run of keys that are not hidden, at or after `from`.
+    #[inline(always)]
+    pub(super) fn next_run(&self, from: usize) -> Option<Range<usize>> {
+        let is_hidden = |j: usize| self.hidden >> j & 1 == 1;
+        let mut start = from.max(self.lo);
+        while start < self.hi && is_hidden(start) {
+            start += 1;
+        }
+        let mut end = start;
+        while end < self.hi && !is_hidden(end) {
+            end += 1;
+        }
+        (start < end).then_some(start..end)
+    }
 }
 
 impl<'a> Workspace<'a> {
@@ -126,10 +148,7 @@ impl Kernel for Flash<'_, '_> {
         let mut visible = [Visible::default(); MAX_ROWS];
         let mut work = Workspace::new(self.scratch, &mut visible[..rows], width, value_width);
         for (state, query) in work.states.iter_mut().zip(self.queries) {
-            *state = match query.sink {
-                Some(sink) if sink != f32::NEG_INFINITY => [sink, 1.0],
-                _ => [f32::NEG_INFINITY, 0.0],
-            };
+            *state = first_state(query.sink);
         }
         self.out.fill(0.0);
         let first = self.queries.iter().map(|q| q.first).min().unwrap_or(0);
@@ -146,31 +165,61 @@ impl Kernel for Flash<'_, '_> {
             score(s, self.q, self.queries, j0, &mut work);
             for (r, query) in self.queries.iter().enumerate() {
                 let out = &mut self.out[r * value_width..(r + 1) * value_width];
-                let seen = query.first.max(j0)..query.end.min(j0 + count);
-                work.visible[r] = if seen.is_empty() {
-                    Visible::default()
-                } else {
-                    let scores = &mut work.scores[r];
-                    finish_scores(scores, seen.start - j0..seen.end - j0, self.scale, self.softcap);
-                    if let Some(mask) = query.mask {
-                        for (score, m) in scores[seen.start - j0..].iter_mut().zip(&mask[seen.clone()]) {
-                            *score += m;
-                        }
-                    }
-                    soften(s, scores, seen.start - j0..seen.end - j0, &mut work.states[r], out)
-                };
+                let (tile, scale) = ((j0, count), (self.scale, self.softcap));
+                work.visible[r] = probabilities(s, query, tile, scale, &mut work.scores[r], &mut work.states[r], out);
             }
             add_values(s, &work, value_width, self.out);
         }
         for (r, &mut [_, sum]) in work.states.iter_mut().enumerate() {
-            self.seen[r] = sum != 0.0;
-            if self.seen[r] {
-                for v in &mut self.out[r * value_width..(r + 1) * value_width] {
-                    *v /= sum;
-                }
-            }
+            self.seen[r] = divide_by_sum(sum, &mut self.out[r * value_width..(r + 1) * value_width]);
         }
     }
+}
+
+/// Maximum and denominator before the first key.
+pub(super) fn first_state(sink: Option<f32>) -> [f32; 2] {
+    match sink {
+        Some(sink) if sink != f32::NEG_INFINITY => [sink, 1.0],
+        _ => [f32::NEG_INFINITY, 0.0],
+    }
+}
+
+/// Ends a row whose denominator is `sum`; whether it saw anything.
+#[inline(always)]
+pub(super) fn divide_by_sum(sum: f32, out: &mut [f32]) -> bool {
+    let seen = sum != 0.0;
+    if seen {
+        for v in out {
+            *v /= sum;
+        }
+    }
+    seen
+}
+
+/// Turns a query's products with the keys of a tile, `(first, count)`, into probabilities relative to the running
+/// maximum and shrinks `out` to it; `scale` and soft cap first.
+#[inline(always)]
+pub(super) fn probabilities<S: Simd>(
+    s: S,
+    query: &Query<'_>,
+    (j0, count): (usize, usize),
+    (scale, softcap): (f32, Option<f32>),
+    scores: &mut TileRow,
+    state: &mut [f32; 2],
+    out: &mut [f32],
+) -> Visible {
+    let seen = query.first.max(j0)..query.end.min(j0 + count);
+    if seen.is_empty() {
+        return Visible::default();
+    }
+    let columns = seen.start - j0..seen.end - j0;
+    finish_scores(scores, columns.clone(), scale, softcap);
+    if let Some(mask) = query.mask {
+        for (score, m) in scores[columns.start..].iter_mut().zip(&mask[seen]) {
+            *score += m;
+        }
+    }
+    soften(s, scores, columns, state, out)
 }
 
 /// Widens and transposes `count` keys from `j0`; columns past `count` hold anything.
@@ -386,7 +435,11 @@ fn add_values<S: Simd>(s: S, work: &Workspace<'_>, value_width: usize, out: &mut
         let out = &mut out[r * value_width..(r + block) * value_width];
         if lo >= hi || visible.iter().any(|v| v.hidden != 0) {
             for (i, (v, out)) in visible.iter().zip(out.chunks_exact_mut(value_width)).enumerate() {
-                add_runs(s, work, r + i, *v, out);
+                let mut from = 0;
+                while let Some(keys) = v.next_run(from) {
+                    from = keys.end;
+                    add_blocks::<S, 1>(s, work, r + i, keys, out);
+                }
             }
         } else {
             // What all see goes together; each row's sum still runs from its first key to its last.
@@ -403,23 +456,6 @@ fn add_values<S: Simd>(s: S, work: &Workspace<'_>, value_width: usize, out: &mut
             }
         }
         r += block;
-    }
-}
-
-/// One row, skipping hidden keys.
-#[inline(always)]
-fn add_runs<S: Simd>(s: S, work: &Workspace<'_>, r: usize, visible: Visible, out: &mut [f32]) {
-    let is_hidden = |j: usize| visible.hidden >> j & 1 == 1;
-    let mut j = visible.lo;
-    while j < visible.hi {
-        let run = j;
-        while j < visible.hi && !is_hidden(j) {
-            j += 1;
-        }
-        add_blocks::<S, 1>(s, work, r, run..j, out);
-        while j < visible.hi && is_hidden(j) {
-            j += 1;
-        }
     }
 }
 
