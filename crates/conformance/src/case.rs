@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use marlin_formats::DType;
 use marlin_ops::oracle::Oracle;
 use marlin_ops::{Backend, OpError, Result};
 
@@ -66,6 +67,12 @@ impl<'a, B: Backend> Runner<'a, B> {
     /// The family of the next results.
     pub(crate) fn enter(&mut self, family: Family) {
         self.family = family;
+    }
+
+    /// The 16-bit types of activations that the backend takes.
+    pub(crate) fn half_dtypes(&self) -> Vec<DType> {
+        let dtypes = self.backend.activation_dtypes().iter().copied();
+        dtypes.filter(|dtype| dtype.size_in_bytes() == 2).collect()
     }
 
     pub(crate) fn into_results(self) -> Vec<CaseResult> {

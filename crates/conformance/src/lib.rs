@@ -6,8 +6,10 @@
 //! are cases too: they must be refused with the right error, naming the right operand.
 
 mod attention;
+mod attention_paged;
 mod case;
 mod convert;
+mod dequantize;
 mod device;
 mod hadamard;
 mod input;
@@ -134,11 +136,15 @@ fn run_families<B: Backend>(runner: &mut Runner<'_, B>, families: &[Family]) {
             Family::Attention => {
                 attention::run(runner);
                 mla::run(runner);
+                attention_paged::run(runner);
             }
             Family::Moe => moe::run(runner),
             Family::Hadamard => hadamard::run(runner),
             Family::Sampling => sampling::run(runner),
-            Family::Convert => convert::run(runner),
+            Family::Convert => {
+                convert::run(runner);
+                dequantize::run(runner);
+            }
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Row norms.
 
+use marlin_formats::DType;
 use marlin_ops::norm::{LayerNormArgs, RmsNormArgs, RmsNormInPlaceArgs};
 use marlin_ops::{Backend, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, poison};
+use crate::input::{Output, floats_as, poison_as};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
 
@@ -57,6 +58,8 @@ struct NormCase {
     eps: f32,
     gamma_offset: f32,
     gamma_columns: Option<usize>,
+    /// Of all operands.
+    dtype: DType,
 }
 
 /// A table entry without the operation, which the three wrappers below supply.
@@ -68,28 +71,31 @@ const NORM: NormCase = NormCase {
     eps: 1e-6,
     gamma_offset: 0.0,
     gamma_columns: None,
+    dtype: DType::F32,
 };
 
 impl NormCase {
     fn configuration(&self) -> String {
         let NormCase { kind, rows, columns, values, eps, gamma_offset, .. } = self;
-        format!("{kind:?} [{rows}, {columns}] {values:?} eps={eps} offset={gamma_offset}")
+        let dtype = if self.dtype == DType::F32 { String::new() } else { format!(" {}", self.dtype.name()) };
+        format!("{kind:?} [{rows}, {columns}] {values:?} eps={eps} offset={gamma_offset}{dtype}")
     }
 
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
         let random = &mut Random::of(&self.configuration());
         // Three dimensions, as per-head norms have.
         let dims = [self.rows, 1, self.columns];
-        let mut x = floats(b, &dims, &self.values.values(self.rows, self.columns, random))?;
-        let mut residual = floats(b, &dims, &random.normals(self.rows * self.columns))?;
+        let floats = |dims: &[usize], values: &[f32]| floats_as(b, self.dtype, dims, values);
+        let mut x = floats(&dims, &self.values.values(self.rows, self.columns, random))?;
+        let mut residual = floats(&dims, &random.normals(self.rows * self.columns))?;
         let width = self.gamma_columns.unwrap_or(self.columns);
         let mut gamma = random.normals(width);
         if let Some(first) = gamma.first_mut() {
             *first = 0.0;
         }
-        let gamma = floats(b, &[width], &gamma)?;
-        let beta = floats(b, &[self.columns], &random.normals(self.columns))?;
-        let mut out = poison(b, &dims)?;
+        let gamma = floats(&[width], &gamma)?;
+        let beta = floats(&[self.columns], &random.normals(self.columns))?;
+        let mut out = poison_as(b, self.dtype, &dims)?;
         let (eps, gamma_offset) = (self.eps, self.gamma_offset);
         match self.kind {
             Kind::Rms { gamma: has_gamma, residual: has_residual } => b.rms_norm(RmsNormArgs {
@@ -122,11 +128,22 @@ impl NormCase {
     fn tolerances(&self) -> Vec<Tolerance> {
         let bound = match self.values {
             Rows::LargeMean | Rows::Constant if matches!(self.kind, Kind::Layer { .. }) => tolerance::NORM_LARGE_MEAN,
-            _ => tolerance::NORM,
+            _ => match self.dtype {
+                DType::F16 => tolerance::NORM_F16,
+                DType::BF16 => tolerance::NORM_BF16,
+                _ => tolerance::NORM,
+            },
         };
-        let rows = Tolerance::Blocks { block: self.columns, bound };
+        let mut rows = Tolerance::Blocks { block: self.columns, bound };
         // The sum of two f32 values, rounded once.
-        let sum = Tolerance::Elements { ulps: 0.0, relative: U32, absolute: vec![] };
+        let mut relative = U32;
+        if self.dtype != DType::F32 {
+            // Rounding twice, to f32 and to the stored type, may end one ulp away.
+            relative = tolerance::relative_ulp(self.dtype);
+            let absolute = vec![tolerance::NORM; self.rows * self.columns];
+            rows = Tolerance::All(vec![rows, Tolerance::Elements { ulps: 0.0, relative, absolute }]);
+        }
+        let sum = Tolerance::Elements { ulps: 0.0, relative, absolute: vec![] };
         match self.kind {
             Kind::RmsInPlace => vec![rows],
             _ => vec![rows, sum],
@@ -198,7 +215,32 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
             runner.check(&LayerNorm(NormCase { kind, columns, values, eps: 1e-6, ..NORM }));
         }
     }
+    for dtype in runner.half_dtypes() {
+        halves(runner, dtype);
+    }
     bad_arguments(runner);
+}
+
+/// Norms with all operands in a 16-bit type.
+fn halves<B: Backend>(runner: &mut Runner<'_, B>, dtype: DType) {
+    for (rows, columns, values) in [
+        (3, 1, Rows::Normal),
+        (2, 7, Rows::Normal),
+        (17, 64, Rows::Normal),
+        (4, 65, Rows::SomeZero),
+        (2, 130, Rows::Large),
+        (2, 768, Rows::Outlier),
+        (2, 7168, Rows::Normal),
+    ] {
+        let case = |kind| NormCase { kind, rows, columns, values, dtype, ..NORM };
+        for (gamma, residual) in [(true, false), (true, true)] {
+            runner.check(&RmsNorm(case(Kind::Rms { gamma, residual })));
+        }
+        runner.check(&RmsNormInPlace(NormCase { gamma_offset: 1.0, ..case(Kind::RmsInPlace) }));
+        for (beta, residual) in [(true, false), (false, true)] {
+            runner.check(&LayerNorm(case(Kind::Layer { beta, residual })));
+        }
+    }
 }
 
 fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {

@@ -1,12 +1,13 @@
 //! Argmax, logits processing, filtered draws.
 
+use marlin_formats::DType;
 use marlin_ops::oracle::draw;
 use marlin_ops::rng::{Stream, random_word, uniform};
 use marlin_ops::sampling::{LogitsProcess, LogitsProcessArgs, SampleArgs, SampleFilter};
 use marlin_ops::{Backend, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, poison_ids};
+use crate::input::{Output, floats, floats_as, poison_ids};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
 
@@ -65,19 +66,26 @@ struct ArgmaxCase {
     rows: usize,
     vocab: usize,
     logits: Logits,
+    dtype: DType,
+}
+
+/// An argmax of f32 logits.
+fn argmax(rows: usize, vocab: usize, logits: Logits) -> ArgmaxCase {
+    ArgmaxCase { rows, vocab, logits, dtype: DType::F32 }
 }
 
 impl Case for ArgmaxCase {
     const OPERATION: &'static str = "argmax";
 
     fn configuration(&self) -> String {
-        format!("[{}, {}] {:?}", self.rows, self.vocab, self.logits)
+        let dtype = if self.dtype == DType::F32 { String::new() } else { format!(" {}", self.dtype.name()) };
+        format!("[{}, {}] {:?}{dtype}", self.rows, self.vocab, self.logits)
     }
 
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
         let random = &mut Random::of(&self.configuration());
         let logits: Vec<f32> = (0..self.rows).flat_map(|_| self.logits.row(self.vocab, random)).collect();
-        let logits = floats(b, &[self.rows, self.vocab], &logits)?;
+        let logits = floats_as(b, self.dtype, &[self.rows, self.vocab], &logits)?;
         let mut chosen = poison_ids(b, &[self.rows])?;
         b.argmax(&logits, &mut chosen)?;
         Ok(vec![Output::words(b, "ids", &chosen)?])
@@ -272,13 +280,23 @@ impl Case for SampleCase {
 pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     for vocab in [1, 2, 31, 1000, 32_000, 151_936] {
         for logits in [Logits::Normal(2.0), Logits::Equal, Logits::FirstAndLast, Logits::Zeros] {
-            runner.check(&ArgmaxCase { rows: 2, vocab, logits });
+            runner.check(&argmax(2, vocab, logits));
         }
     }
     for logits in [Logits::TenMaxima, Logits::MostlyBanned] {
-        runner.check(&ArgmaxCase { rows: 3, vocab: 1000, logits });
+        runner.check(&argmax(3, 1000, logits));
     }
-    runner.check(&ArgmaxCase { rows: 0, vocab: 8, logits: Logits::Equal });
+    runner.check(&argmax(0, 8, Logits::Equal));
+    // 16-bit logits have many true ties.
+    for dtype in runner.half_dtypes() {
+        for vocab in [1, 31, 1000, 151_936] {
+            for logits in [Logits::Normal(2.0), Logits::FirstAndLast, Logits::Zeros] {
+                runner.check(&ArgmaxCase { dtype, ..argmax(2, vocab, logits) });
+            }
+        }
+        let bad = ArgmaxCase { dtype, ..argmax(2, 1000, Logits::One(f32::NAN)) };
+        runner.refuse(&format!("NaN logit, {}", dtype.name()), &bad, Refusal::Value("logits"));
+    }
     process(runner);
     filters(runner);
     bad_arguments(runner);
@@ -359,13 +377,13 @@ fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {
     for (what, logits) in bad_rows {
         for vocab in [5, 1000] {
             let what = format!("{what}, V={vocab}");
-            let case = ArgmaxCase { rows: 2, vocab, logits };
+            let case = argmax(2, vocab, logits);
             runner.refuse(&what, &case, Refusal::Value("logits"));
             let case = SampleCase { draws: 2, vocab, logits, ..sample(NONE) };
             runner.refuse(&what, &case, Refusal::Value("logits"));
         }
     }
-    let case = ArgmaxCase { rows: 1, vocab: 0, logits: Logits::Normal(1.0) };
+    let case = argmax(1, 0, Logits::Normal(1.0));
     runner.refuse("V = 0", &case, Refusal::Shape("logits"));
 
     let filters = [

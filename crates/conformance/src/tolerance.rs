@@ -5,6 +5,8 @@
 //! dominated by the rounding of the output (2^-11 or 2^-8), the f32 bound of linear layers is used instead: it is 50
 //! times stricter.
 
+use marlin_formats::DType;
+
 /// Unit round-off of f32.
 pub const U32: f64 = 1.0 / 16_777_216.0;
 
@@ -26,6 +28,20 @@ pub const ATTENTION_LARGE_SCORES: f64 = 8e-4;
 
 /// Row norms, relF per row; 16-bit I/O only in the specification.
 pub const NORM: f64 = LINEAR;
+
+/// NORM16 and NORMB16: row norms with f16 and bf16 outputs.
+pub const NORM_F16: f64 = 5e-4;
+/// See [`NORM_F16`].
+pub const NORM_BF16: f64 = 4e-3;
+
+/// The largest share of a value that one ulp of its type is.
+pub fn relative_ulp(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1.0 / 1024.0,
+        DType::BF16 => 1.0 / 128.0,
+        _ => 2.0 * U32,
+    }
+}
 
 /// NORM16, relative to |x - mean|, for rows whose mean exceeds their deviation 1e5 times.
 pub const NORM_LARGE_MEAN: f64 = 5e-4;

@@ -1,5 +1,6 @@
 //! Float conversion: integer bit manipulation in both directions, so that no value depends on the floating-point mode.
 
+use marlin_ops::convert::{DequantizeArgs, WeightOrder};
 use marlin_ops::{ConvertOps, Result, Tensor};
 
 use crate::buffer::{Floats, FloatsMut};
@@ -7,6 +8,9 @@ use crate::{Buffer, Cpu};
 
 /// Elements converted through one stretch of scratch.
 const CHUNK: usize = 4096;
+
+/// Output features decoded side by side.
+const STRETCH: usize = 16;
 
 impl ConvertOps for Cpu {
     fn run_convert(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
@@ -32,6 +36,34 @@ impl ConvertOps for Cpu {
             let values = &mut scratch[..CHUNK.min(elements - start)];
             source.widen(self.level, start, values);
             target.store(start, values);
+        }
+        Ok(())
+    }
+    fn run_dequantize(&self, args: DequantizeArgs<'_, Self>) -> Result<()> {
+        let (weight, count, k) = (args.weight.data(), args.count(), args.weight.in_features());
+        let mut target = FloatsMut::of("dequantize", "out", args.out)?;
+        match args.order {
+            WeightOrder::OutputMajor => {
+                let mut row = self.workspace.floats.take(k);
+                for n in 0..count {
+                    weight.column(args.first + n, &mut row);
+                    target.store(n * k, &row);
+                }
+            }
+            // Some columns at a time, so that rows are written in stretches.
+            WeightOrder::InputMajor => {
+                let mut columns = self.workspace.floats.take(STRETCH * k);
+                for n in (0..count).step_by(STRETCH) {
+                    let width = STRETCH.min(count - n);
+                    for (i, column) in columns.chunks_exact_mut(k).take(width).enumerate() {
+                        weight.column(args.first + n + i, column);
+                    }
+                    for row in 0..k {
+                        let stretch: [f32; STRETCH] = std::array::from_fn(|i| columns[i * k + row]);
+                        target.store(row * count + n, &stretch[..width]);
+                    }
+                }
+            }
         }
         Ok(())
     }

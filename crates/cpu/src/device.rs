@@ -222,6 +222,10 @@ impl Device for Cpu {
         }
     }
 
+    fn activation_dtypes(&self) -> &'static [DType] {
+        &[DType::F32]
+    }
+
     fn profiler(&self) -> Option<&Profiler> {
         Some(&self.profiler)
     }

@@ -4,6 +4,14 @@
 //! Query i of a sequence has the absolute position `p = i + kv_len - Sq` (bottom-right alignment), so chunked prefill
 //! and decode are the same operation.
 
+mod kv_format;
+mod paged;
+
+pub use kv_format::KvFormat;
+pub use paged::{
+    KvPages, PADDING, PagedAttentionArgs, PagedAttentionOps, PagedWriteArgs, block_error, unstorable_error,
+};
+
 use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, Linear, OpError, Result, Tensor, check};
 

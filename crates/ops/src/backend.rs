@@ -2,8 +2,8 @@ use marlin_formats::DType;
 
 use crate::profile::{Arithmetic, Profiler};
 use crate::{
-    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, Result, RopeOps,
-    SamplingOps, Tensor, Weight, WeightData,
+    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, PagedAttentionOps,
+    Result, RopeOps, SamplingOps, Tensor, Weight, WeightData,
 };
 
 /// Memory of a device: buffers, transfers, prepared weights. Operations on it enqueue and return; the `read_*` methods
@@ -53,6 +53,11 @@ pub trait Device: Sized + Send + Sync + 'static {
         Arithmetic::F32
     }
 
+    /// Dtypes of activations that operations take and give; where these leave one out, it is refused as unsupported.
+    fn activation_dtypes(&self) -> &'static [DType] {
+        &[DType::F32, DType::F16, DType::BF16]
+    }
+
     /// Collects times, bytes and FLOPs of operations, if the device keeps such a record.
     fn profiler(&self) -> Option<&Profiler> {
         None
@@ -67,11 +72,19 @@ pub trait Device: Sized + Send + Sync + 'static {
 
 /// A device that implements every operation family.
 pub trait Backend:
-    LinearOps + NormOps + RopeOps + AttentionOps + MoeOps + HadamardOps + SamplingOps + ConvertOps
+    LinearOps + NormOps + RopeOps + AttentionOps + PagedAttentionOps + MoeOps + HadamardOps + SamplingOps + ConvertOps
 {
 }
 
 impl<T> Backend for T where
-    T: LinearOps + NormOps + RopeOps + AttentionOps + MoeOps + HadamardOps + SamplingOps + ConvertOps
+    T: LinearOps
+        + NormOps
+        + RopeOps
+        + AttentionOps
+        + PagedAttentionOps
+        + MoeOps
+        + HadamardOps
+        + SamplingOps
+        + ConvertOps
 {
 }

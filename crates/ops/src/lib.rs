@@ -23,7 +23,7 @@ pub mod rng;
 pub mod rope;
 pub mod sampling;
 
-pub use attention::AttentionOps;
+pub use attention::{AttentionOps, PagedAttentionOps};
 pub use backend::{Backend, Device};
 pub use convert::ConvertOps;
 pub use error::{OpError, Result};

@@ -140,6 +140,23 @@ pub struct EmbeddingArgs<'a, D: Device> {
 }
 
 impl<D: Device> LinearArgs<'_, D> {
+    /// The shapes, dtypes and scalars that [`LinearOps::linear`] takes.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "linear";
+        let (k, n) = (self.weight.in_features(), self.weight.out_features());
+        let m = self.x.rows();
+        check::rows_columns(OP, "x", self.x, m, k)?;
+        check::rows_columns(OP, "out", self.out, m, n)?;
+        check::float(OP, "x", self.x)?;
+        check::float(OP, "out", self.out)?;
+        check::finite(OP, "out_scale", self.out_scale)?;
+        if let Residual::Add(residual) = self.residual {
+            check::rows_columns(OP, "residual", residual, m, n)?;
+            check::float(OP, "residual", residual)?;
+        }
+        Ok(())
+    }
+
     fn cost(&self) -> Cost {
         let cost = self.weight.cost(self.x.rows()).add_activations(&[self.x]);
         self.residual.cost(cost, self.out)
@@ -168,6 +185,25 @@ impl<D: Device> ProjectionsArgs<'_, '_, D> {
 }
 
 impl<D: Device> GatedUpArgs<'_, D> {
+    /// The shapes, dtypes and scalars that [`LinearOps::gated_up`] takes.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "gated_up";
+        let (k, n) = (self.gate.in_features(), self.gate.out_features());
+        let m = self.x.rows();
+        let up = [self.up.out_features(), self.up.in_features()];
+        if up != [n, k] {
+            return Err(OpError::shape(OP, "up", &up, format!("[{n}, {k}] like `gate`")));
+        }
+        if let Some(norm) = &self.norm {
+            norm.check(OP, k)?;
+        }
+        check::rows_columns(OP, "x", self.x, m, k)?;
+        check::rows_columns(OP, "out", self.out, m, n)?;
+        check::float(OP, "x", self.x)?;
+        check::float(OP, "out", self.out)?;
+        Ok(())
+    }
+
     fn cost(&self) -> Cost {
         let mut cost = InputNorm::cost(self.norm.as_ref(), self.x);
         cost += self.gate.cost(self.x.rows());
@@ -201,17 +237,8 @@ pub trait LinearOps: Device {
     /// A linear layer with its epilogue. M = 0 writes nothing; K = 0 gives the epilogue of 0.
     fn linear(&self, args: LinearArgs<'_, Self>) -> Result<()> {
         const OP: &str = "linear";
-        let (k, n) = (args.weight.in_features(), args.weight.out_features());
-        let m = args.x.rows();
-        check::rows_columns(OP, "x", args.x, m, k)?;
-        check::rows_columns(OP, "out", args.out, m, n)?;
-        check::float(OP, "x", args.x)?;
-        check::float(OP, "out", args.out)?;
-        check::finite(OP, "out_scale", args.out_scale)?;
-        if let Residual::Add(residual) = args.residual {
-            check::rows_columns(OP, "residual", residual, m, n)?;
-            check::float(OP, "residual", residual)?;
-        }
+        args.check()?;
+        let (m, n) = (args.x.rows(), args.weight.out_features());
         if m == 0 || n == 0 {
             return Ok(());
         }
@@ -248,19 +275,8 @@ pub trait LinearOps: Device {
     /// The first half of a gated MLP (SwiGLU, GeGLU, ...).
     fn gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()> {
         const OP: &str = "gated_up";
-        let (k, n) = (args.gate.in_features(), args.gate.out_features());
-        let m = args.x.rows();
-        let up = [args.up.out_features(), args.up.in_features()];
-        if up != [n, k] {
-            return Err(OpError::shape(OP, "up", &up, format!("[{n}, {k}] like `gate`")));
-        }
-        if let Some(norm) = &args.norm {
-            norm.check(OP, k)?;
-        }
-        check::rows_columns(OP, "x", args.x, m, k)?;
-        check::rows_columns(OP, "out", args.out, m, n)?;
-        check::float(OP, "x", args.x)?;
-        check::float(OP, "out", args.out)?;
+        args.check()?;
+        let (m, n) = (args.x.rows(), args.gate.out_features());
         if m == 0 || n == 0 {
             return Ok(());
         }

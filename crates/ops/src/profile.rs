@@ -23,6 +23,7 @@
 //! | `hadamard` | `log2(n)` per element of a block of n (a Paley factor q counts `q - 1`), 1 for each scale | scales |
 //! | `argmax`, `logits_process`, `sample` | 0, 1 and 3 per logit | |
 //! | `convert` | 0 | |
+//! | `dequantize` | 0 | the decoded part of the weight |
 //!
 //! Epilogues (bias, activation, residual) and functions such as `exp` within matrix products and attention count nothing.
 

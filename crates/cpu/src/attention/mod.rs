@@ -2,6 +2,8 @@
 
 mod flash;
 mod mla;
+mod paged;
+mod single_query;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,8 +13,10 @@ use marlin_ops::attention::{
 use marlin_ops::{AttentionOps, Result};
 
 use self::flash::{CacheRows, Flash, MAX_ROWS, Query, padded};
+use self::single_query::{MAX_HEADS, SingleQuery, is_key_width};
 use crate::Cpu;
 use crate::buffer::{Floats, FloatsMut, f32s, f32s_mut, optional_f32s};
+use crate::simd::LANES;
 
 /// Rows (queries times heads of a group) of one task.
 const ROW_BLOCK: usize = 64;
@@ -95,6 +99,43 @@ impl<'a> Attention<'a> {
             &mask[((b * heads + h) * queries + i) * keys..][..keys]
         });
         Query { first, end, mask, sink: self.sinks.map(|sinks| sinks[h]) }
+    }
+
+    /// Whether [`Attention::run_single`] applies.
+    fn is_single(&self) -> bool {
+        let whole_vectors = self.value_dim > 0 && self.value_dim.is_multiple_of(LANES);
+        self.queries == 1 && self.group() <= MAX_HEADS && is_key_width(self.head_dim) && whole_vectors
+    }
+
+    /// Task `task` of `[B, Hkv]` with one query; `out` is `[group, value_dim]`. Threads take `stretch` tasks in a row.
+    fn run_single(&self, cpu: &Cpu, task: usize, stretch: usize, out: &mut [f32], empty: &EmptyRows) {
+        let (group, b) = (self.group(), task / self.kv_heads);
+        let first_head = task % self.kv_heads * group;
+        let mut heads = [Query::EMPTY; MAX_HEADS];
+        for (g, head) in heads[..group].iter_mut().enumerate() {
+            *head = self.query(b, first_head + g, 0);
+        }
+        let rows_of =
+            |data: Floats<'a>, width| CacheRows { data, start: task * self.capacity * width, stride: width, width };
+        let is_last = (task + 1).is_multiple_of(stretch) || task + 1 == self.kv_len.len() * self.kv_heads;
+        let mut seen = [false; MAX_HEADS];
+        cpu.level.run(SingleQuery {
+            q: &self.q[task * group * self.head_dim..][..group * self.head_dim],
+            heads: &heads[..group],
+            keys: rows_of(self.keys, self.head_dim),
+            values: rows_of(self.values, self.value_dim),
+            scale: self.scale,
+            softcap: self.softcap,
+            is_cold: task.is_multiple_of(stretch),
+            next_group: (!is_last).then_some(self.capacity),
+            out,
+            seen: &mut seen[..group],
+        });
+        for (g, seen) in seen[..group].iter().enumerate() {
+            if !seen {
+                empty.record(task * group + g);
+            }
+        }
     }
 
     /// Task `task` of `[B, Hkv, blocks]`; `out` is `[block, group, value_dim padded]`.
@@ -185,10 +226,20 @@ impl AttentionOps for Cpu {
             softcap: args.softcap,
         };
         let out = f32s_mut(OP, "out", args.out)?;
+        let empty = EmptyRows::new();
+        if call.is_single() {
+            let stretch = (q[0] * call.kv_heads).div_ceil(self.threads());
+            self.pool.for_chunks_of(call.work(), out, call.group() * call.value_dim, |task, out| {
+                call.run_single(self, task, stretch, out, &empty);
+            });
+            return match args.empty_row {
+                EmptyRow::Error => empty.check(call.queries, call.heads),
+                EmptyRow::Zero => Ok(()),
+            };
+        }
         let width = padded(call.value_dim);
         let task_len = call.block() * call.group() * width;
         let tasks = q[0] * call.kv_heads * call.blocks();
-        let empty = EmptyRows::new();
         let mut blocks = self.workspace.floats.take(tasks * task_len);
         self.pool.for_chunks_of(call.work(), &mut blocks, task_len, |task, out| {
             call.run(self, task, out, &empty);

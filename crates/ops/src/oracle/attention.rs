@@ -1,5 +1,7 @@
 //! Attention: scores of all keys, one softmax, one weighted sum.
 
+mod paged;
+
 use super::{Oracle, floats, linear::dot, store};
 use crate::attention::{AttentionArgs, AttentionOps, EmptyRow, KvWriteArgs, MlaAttentionArgs, Window, empty_row_error};
 use crate::{Result, Tensor};
