@@ -1,13 +1,15 @@
-//! Float conversion and copies.
+//! Float conversion; [`crate::dequantize`] decodes weights.
 
-use cubecl::ir::ElemType;
+use cubecl::ir::{ElemType, UIntKind};
 use cubecl::prelude::*;
+use marlin_ops::convert::DequantizeArgs;
 use marlin_ops::{ConvertOps, Result, Tensor};
 
-use crate::Gpu;
-use crate::element::{Storage, load, store};
+use crate::element::{Storage, narrow_bits, widen_bits};
 use crate::launch::{cubes_for, units};
+use crate::{Gpu, dequantize};
 
+/// Elements as their bits in u32 or u16, so that devices that flush subnormals or change NaN convert them all the same.
 #[cube(launch_unchecked)]
 fn convert_elements<I: Numeric, O: Numeric>(
     x: &[I],
@@ -18,8 +20,14 @@ fn convert_elements<I: Numeric, O: Numeric>(
 ) {
     let i = ABSOLUTE_POS;
     if i < count as usize {
-        store::<O>(out, i, load::<I>(x, i, comptime!(storage[0])), comptime!(storage[1]));
+        let bits = widen_bits(u32::cast_from(x[i]), comptime!(storage[0]));
+        out[i] = O::cast_from(narrow_bits(bits, comptime!(storage[1])));
     }
+}
+
+/// The element type that holds a float's bits.
+fn bits(storage: Storage) -> ElemType {
+    ElemType::UInt(if storage == Storage::F32 { UIntKind::U32 } else { UIntKind::U16 })
 }
 
 impl<R: Runtime> ConvertOps for Gpu<R> {
@@ -36,9 +44,12 @@ impl<R: Runtime> ConvertOps for Gpu<R> {
                 out.buffer().arg(count),
                 count as u32,
                 storage,
-                storage.map(Storage::elem),
+                storage.map(bits),
             );
         }
         Ok(())
+    }
+    fn run_dequantize(&self, args: DequantizeArgs<'_, Self>) -> Result<()> {
+        dequantize::launch(self, args)
     }
 }

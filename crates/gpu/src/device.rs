@@ -1,6 +1,8 @@
+use cubecl::bytes::Bytes;
 use cubecl::future::block_on;
 use cubecl::ir::{ElemType, UIntKind};
 use cubecl::prelude::*;
+use cubecl::server::{Handle, ServerError};
 use marlin_formats::DType;
 use marlin_ops::profile::Profiler;
 use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight};
@@ -9,6 +11,9 @@ use crate::Buffer;
 use crate::fault;
 use crate::launch::{cubes_for, units};
 use crate::weight::{GpuExperts, GpuWeight};
+
+/// Allocations from this size on are checked at once.
+const CHECKED_BYTES: usize = 1 << 20;
 
 /// A GPU as a device. Operations enqueue and return; reads wait, and report any failure of the work before them.
 pub struct Gpu<R: Runtime> {
@@ -46,33 +51,34 @@ impl<R: Runtime> Gpu<R> {
         self.faults.arg(fault::SLOTS)
     }
 
-    /// The error of an operation that has no kernel yet.
-    pub(crate) fn unsupported(&self, operation: &'static str) -> OpError {
-        OpError::Unsupported { operation, backend: self.name, what: "this operation".into() }
-    }
-
     /// Memory with unspecified contents.
     pub(crate) fn allocate(&self, operation: &'static str, bytes: usize) -> Result<Buffer> {
-        let most = self.client.properties().memory.max_page_size;
-        if bytes as u64 > most {
-            let reason = format!("{bytes} bytes in one buffer, {} allows {most}", self.name);
-            return Err(OpError::Device { operation, reason });
-        }
-        // Whole words: 16-bit tensors of odd length are copied as words.
-        let bytes = bytes.next_multiple_of(16).max(16);
-        Ok(Buffer { handle: self.client.empty(bytes), bytes })
+        self.reserve(operation, bytes, |size| self.client.empty(size))
     }
 
     /// A buffer with these contents.
     pub(crate) fn create(&self, operation: &'static str, contents: &[u8]) -> Result<Buffer> {
+        self.reserve(operation, contents.len(), |size| {
+            let mut bytes = contents.to_vec();
+            bytes.resize(size, 0);
+            self.client.create(Bytes::from_bytes_vec(bytes))
+        })
+    }
+
+    /// Memory from `source`, in whole words: 16-bit tensors of odd length are copied as words.
+    fn reserve(&self, operation: &'static str, bytes: usize, source: impl Fn(usize) -> Handle) -> Result<Buffer> {
         let most = self.client.properties().memory.max_page_size;
-        if contents.len() as u64 > most {
-            let reason = format!("{} bytes in one buffer, {} allows {most}", contents.len(), self.name);
+        if bytes as u64 > most {
+            let reason = format!("a buffer of {bytes} bytes is asked for, {} allows {most}", self.name);
             return Err(OpError::Device { operation, reason });
         }
-        let mut bytes = contents.to_vec();
-        bytes.resize(contents.len().next_multiple_of(16).max(16), 0);
-        Ok(Buffer { handle: self.client.create_from_slice(&bytes), bytes: bytes.len() })
+        let bytes = bytes.next_multiple_of(16).max(16);
+        let buffer = Buffer { handle: source(bytes), bytes };
+        if bytes >= CHECKED_BYTES {
+            // Out of memory shows here rather than at some later read.
+            self.client.flush().map_err(|e| device_error(operation, &e))?;
+        }
+        Ok(buffer)
     }
 
     /// A buffer of f32 values.
@@ -95,8 +101,7 @@ impl<R: Runtime> Gpu<R> {
     /// Waits and reads the first `bytes` of a buffer; reports what failed before.
     pub(crate) fn read(&self, operation: &'static str, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
         let handles = vec![buffer.handle.clone(), self.faults.handle.clone()];
-        let failure = |e: cubecl::server::ServerError| OpError::Device { operation, reason: e.to_string() };
-        let read = block_on(self.client.read_async(handles)).map_err(failure)?;
+        let read = block_on(self.client.read_async(handles)).map_err(|e| device_error(operation, &e))?;
         let [data, record] = read.as_slice() else {
             return Err(OpError::Device { operation, reason: "two buffers were read as fewer".into() });
         };
@@ -112,7 +117,7 @@ impl<R: Runtime> Gpu<R> {
     pub(crate) fn write(&self, buffer: &Buffer, contents: &[u8]) {
         let mut handle = buffer.handle.clone();
         handle.offset_end = Some((buffer.bytes - contents.len()) as u64);
-        self.client.write(&handle, cubecl::bytes::Bytes::from_bytes_vec(contents.to_vec()));
+        self.client.write(&handle, Bytes::from_bytes_vec(contents.to_vec()));
     }
 }
 
@@ -252,10 +257,15 @@ impl<R: Runtime> Device for Gpu<R> {
     }
 
     fn synchronize(&self) -> Result<()> {
-        let failure =
-            |e: cubecl::server::ServerError| OpError::Device { operation: "synchronize", reason: e.to_string() };
-        block_on(self.client.sync()).map_err(failure)
+        block_on(self.client.sync()).map_err(|e| device_error("synchronize", &e))
     }
+}
+
+/// A failure of the device, without the backtrace that its message carries.
+fn device_error(operation: &'static str, error: &ServerError) -> OpError {
+    let message = error.to_string();
+    let lines = message.lines().map(str::trim).take_while(|line| !line.starts_with("Backtrace"));
+    OpError::Device { operation, reason: lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ") }
 }
 
 fn expect_dtype<R: Runtime>(

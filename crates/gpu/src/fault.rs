@@ -29,15 +29,29 @@ pub(crate) enum Fault {
     ExpertId,
     /// `rope`: index of the position.
     RopePosition,
+    /// `logits_process`: row.
+    ProcessEmpty,
+    /// Mixture operations: index of the assignment whose expert the token has already.
+    ExpertTwice,
+    /// `moe_combine`: index of the assignment.
+    InverseIndex,
+    /// `moe_route`: token.
+    RouterEmpty,
+    /// `paged_attention`: index of the entry of the block table.
+    BlockId,
+    /// `paged_write`: row of the keys.
+    KeyRow,
+    /// `paged_write`: row of the values.
+    ValueRow,
 }
 
 /// Slots of a record.
-pub(crate) const SLOTS: usize = 16;
+pub(crate) const SLOTS: usize = 32;
 
 /// An empty record.
 pub(crate) const CLEAR: [u32; SLOTS] = [u32::MAX; SLOTS];
 
-const ALL: [Fault; 10] = [
+const ALL: [Fault; 17] = [
     Fault::EmbeddingId,
     Fault::EmptyRow,
     Fault::ArgmaxLogit,
@@ -48,6 +62,13 @@ const ALL: [Fault; 10] = [
     Fault::RouterLogit,
     Fault::ExpertId,
     Fault::RopePosition,
+    Fault::ProcessEmpty,
+    Fault::ExpertTwice,
+    Fault::InverseIndex,
+    Fault::RouterEmpty,
+    Fault::BlockId,
+    Fault::KeyRow,
+    Fault::ValueRow,
 ];
 
 /// Records `fault` at `index`.
@@ -70,6 +91,13 @@ pub(crate) fn error(record: &[u32]) -> Option<OpError> {
         Fault::RouterLogit => OpError::value("moe_route", "logits", format!("element {index} is NaN or +inf")),
         Fault::ExpertId => OpError::value("moe", "ids", format!("[{index}] is no expert of this layer")),
         Fault::RopePosition => OpError::value("rope", "positions", format!("[{index}] is outside the tables")),
+        Fault::ProcessEmpty => marlin_ops::sampling::empty_logits_error("logits_process", *index as usize),
+        Fault::ExpertTwice => OpError::value("moe", "ids", format!("[{index}] names an expert of its token again")),
+        Fault::InverseIndex => OpError::value("moe_combine", "inverse", format!("[{index}] is no row")),
+        Fault::RouterEmpty => marlin_ops::moe::no_expert_error(*index as usize),
+        Fault::BlockId => marlin_ops::attention::block_error(*index as usize),
+        Fault::KeyRow => marlin_ops::attention::unstorable_error("k", *index as usize),
+        Fault::ValueRow => marlin_ops::attention::unstorable_error("v", *index as usize),
     })
 }
 

@@ -4,10 +4,23 @@
 //! A family is a file or folder called as in `marlin-ops`. Kernels read every dtype through [`element`], decode weights
 //! through [`decode`], and report bad values inside operands through [`fault`]: the next read returns the error.
 
+// Kernels are Rust that CubeCL reads: most methods of the standard library do not exist there, `#[define]` makes a second
+// argument of each, and constants are written as published.
+#![allow(
+    clippy::assign_op_pattern,
+    clippy::collapsible_if,
+    clippy::duplicate_underscore_argument,
+    clippy::excessive_precision,
+    clippy::manual_div_ceil,
+    clippy::manual_is_multiple_of,
+    clippy::neg_cmp_op_on_partial_ord
+)]
+
 mod attention;
 mod buffer;
 mod convert;
 mod decode;
+mod dequantize;
 mod device;
 mod element;
 mod fault;
@@ -18,17 +31,22 @@ mod math;
 mod moe;
 mod norm;
 mod open;
+#[cfg(feature = "record")]
+pub mod record;
 mod reduce;
 mod rope;
 mod sampling;
 mod weight;
 
+pub use attention::AttentionKernel;
 pub use buffer::Buffer;
 pub use device::Gpu;
+pub use linear::{Accumulate, Gemv, LinearKernel, Tile};
+pub use moe::{ExpertKernel, ExpertStrategy};
 #[cfg(feature = "cuda")]
 pub use open::{Cuda, cuda};
 pub use open::{DeviceInfo, devices};
-#[cfg(feature = "metal")]
+#[cfg(target_os = "macos")]
 pub use open::{Metal, metal};
 #[cfg(feature = "vulkan")]
 pub use open::{Vulkan, vulkan};

@@ -42,39 +42,34 @@ fn norm_rows<X: Numeric, H: Numeric, G: Numeric, B: Numeric, O: Numeric>(
     if row < rows as usize {
         let columns = columns as usize;
         let start = row * columns;
-        let mut sum = f32::new(0.0);
+        let count = f32::cast_from(columns as u32);
+        let mut mean = f32::new(0.0);
+        let mut rest = f32::new(0.0);
+        if comptime!(c.centered) {
+            let mut sum = f32::new(0.0);
+            let mut i = UNIT_POS as usize;
+            while i < columns {
+                sum += summed::<X, H>(x[start + i], residual[kept(start + i, c)], c);
+                i += UNITS as usize;
+            }
+            mean = cube_sum(sum, UNITS as usize) / count;
+            // Of a row whose mean exceeds its deviation by far, the rounding of the mean is no longer small.
+            let mut left = f32::new(0.0);
+            let mut i = UNIT_POS as usize;
+            while i < columns {
+                left += summed::<X, H>(x[start + i], residual[kept(start + i, c)], c) - mean;
+                i += UNITS as usize;
+            }
+            rest = cube_sum(left, UNITS as usize) / count;
+        }
         let mut squares = f32::new(0.0);
         let mut i = UNIT_POS as usize;
         while i < columns {
-            let mut h = load::<X>(x, start + i, c.x);
-            if comptime!(c.residual.is_some()) {
-                let storage = comptime!(c.residual.unwrap_or(Storage::F32));
-                // The norm reads the sum as it is stored.
-                let rounded = narrow::<H>(h + widen::<H>(residual[start + i], storage), storage);
-                residual[start + i] = rounded;
-                h = widen::<H>(rounded, storage);
-            }
-            sum += h;
-            squares += h * h;
+            let d = summed::<X, H>(x[start + i], residual[kept(start + i, c)], c) - mean - rest;
+            squares += d * d;
             i += UNITS as usize;
         }
-        let count = f32::cast_from(columns as u32);
-        let mut mean = f32::new(0.0);
-        let mut variance = f32::new(0.0);
-        if comptime!(c.centered) {
-            mean = cube_sum(sum, UNITS as usize) / count;
-            let mut deviations = f32::new(0.0);
-            let mut i = UNIT_POS as usize;
-            while i < columns {
-                let d = summed::<X, H>(x[start + i], residual[kept(start + i, c)], c) - mean;
-                deviations += d * d;
-                i += UNITS as usize;
-            }
-            variance = cube_sum(deviations, UNITS as usize) / count;
-        } else {
-            variance = cube_sum(squares, UNITS as usize) / count;
-        }
-        let r = 1.0f32 / f32::sqrt(variance + eps);
+        let r = 1.0f32 / f32::sqrt(cube_sum(squares, UNITS as usize) / count + eps);
         let mut i = UNIT_POS as usize;
         while i < columns {
             let mut gain = 1.0f32 + gamma_offset;
@@ -82,7 +77,10 @@ fn norm_rows<X: Numeric, H: Numeric, G: Numeric, B: Numeric, O: Numeric>(
                 gain = load::<G>(gamma, i, comptime!(c.gamma.unwrap_or(Storage::F32))) + gamma_offset;
             }
             let h = summed::<X, H>(x[start + i], residual[kept(start + i, c)], c);
-            let mut y = (h - mean) * r * gain;
+            if comptime!(c.residual.is_some()) {
+                residual[start + i] = narrow::<H>(h, comptime!(c.residual.unwrap_or(Storage::F32)));
+            }
+            let mut y = (h - mean - rest) * r * gain;
             if comptime!(c.beta.is_some()) {
                 y += load::<B>(beta, i, comptime!(c.beta.unwrap_or(Storage::F32)));
             }
@@ -92,17 +90,17 @@ fn norm_rows<X: Numeric, H: Numeric, G: Numeric, B: Numeric, O: Numeric>(
     }
 }
 
-/// The element that is normalised: of the written sum, or of x.
+/// The element that is normalised: x, or the sum, which is rounded only where it is written back.
 #[cube]
 fn summed<X: Numeric, H: Numeric>(x: X, residual: H, #[comptime] c: NormConfig) -> f32 {
     if comptime!(c.residual.is_some()) {
-        widen::<H>(residual, comptime!(c.residual.unwrap_or(Storage::F32)))
+        widen::<X>(x, c.x) + widen::<H>(residual, comptime!(c.residual.unwrap_or(Storage::F32)))
     } else {
         widen::<X>(x, c.x)
     }
 }
 
-/// Where the written sum lies; 0 without one.
+/// Where the residual lies; 0 without one.
 #[cube]
 fn kept(i: usize, #[comptime] c: NormConfig) -> usize {
     if comptime!(c.residual.is_some()) { i } else { 0usize.runtime() }

@@ -1,8 +1,15 @@
 //! Which devices there are, and opening one.
 
-use marlin_ops::{OpError, Result};
+#[cfg(any(feature = "vulkan", target_os = "macos"))]
+use marlin_ops::OpError;
+#[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
+use marlin_ops::Result;
 
+#[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
 use crate::Gpu;
+
+#[cfg(all(feature = "vulkan", target_os = "macos"))]
+compile_error!("on macOS the device is Metal: build without the feature `vulkan`");
 
 /// A device that this build can open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +28,10 @@ pub struct DeviceInfo {
 #[cfg(feature = "vulkan")]
 pub type Vulkan = Gpu<cubecl::wgpu::WgpuRuntime>;
 
+/// The Metal backend: CubeCL's Metal compiler behind wgpu. Its runtime without wgpu does not compile in this version.
+#[cfg(target_os = "macos")]
+pub type Metal = Gpu<cubecl::wgpu::WgpuRuntime>;
+
 /// The CUDA backend.
 #[cfg(feature = "cuda")]
 pub type Cuda = Gpu<cubecl::cuda::CudaRuntime>;
@@ -38,8 +49,8 @@ pub fn cuda(index: Option<usize>) -> Result<Cuda> {
 
 /// All devices of this build, the best first.
 pub fn devices() -> Vec<DeviceInfo> {
-    let mut devices = Vec::new();
-    #[cfg(feature = "vulkan")]
+    let mut devices: Vec<DeviceInfo> = Vec::new();
+    #[cfg(any(feature = "vulkan", target_os = "macos"))]
     devices.extend(adapters().into_iter().map(|(_, info)| info));
     devices.sort_by_key(|device| device.software);
     devices
@@ -51,12 +62,33 @@ pub fn devices() -> Vec<DeviceInfo> {
 /// A device error if there is no such device.
 #[cfg(feature = "vulkan")]
 pub fn vulkan(index: Option<usize>) -> Result<Vulkan> {
+    open_adapter(index)
+}
+
+/// Opens the Metal device with this index, or the first.
+///
+/// # Errors
+/// A device error if there is no such device.
+#[cfg(target_os = "macos")]
+pub fn metal(index: Option<usize>) -> Result<Metal> {
+    open_adapter(index)
+}
+
+/// What wgpu drives on this system: the kind of its devices, what people call it, and wgpu's own name.
+#[cfg(all(feature = "vulkan", not(target_os = "macos")))]
+const API: (&str, &str, wgpu::Backends) = ("vulkan", "Vulkan", wgpu::Backends::VULKAN);
+#[cfg(target_os = "macos")]
+const API: (&str, &str, wgpu::Backends) = ("metal", "Metal", wgpu::Backends::METAL);
+
+#[cfg(any(feature = "vulkan", target_os = "macos"))]
+fn open_adapter(index: Option<usize>) -> Result<Gpu<cubecl::wgpu::WgpuRuntime>> {
     use cubecl::Runtime;
+    let (kind, api, _) = API;
     let adapters = adapters();
     let absent = || {
         let found: Vec<_> = adapters.iter().map(|(_, info)| format!("{}: {}", info.index, info.name)).collect();
         let found = if found.is_empty() { "there is none".into() } else { format!("there are {}", found.join(", ")) };
-        let which = index.map_or("a Vulkan device".into(), |i| format!("Vulkan device {i}"));
+        let which = index.map_or(format!("a {api} device"), |i| format!("{api} device {i}"));
         OpError::Device { operation: "open", reason: format!("{which} is not available: {found}") }
     };
     let (device, _) = match index {
@@ -64,23 +96,24 @@ pub fn vulkan(index: Option<usize>) -> Result<Vulkan> {
         None => adapters.iter().min_by_key(|(_, info)| info.software),
     }
     .ok_or_else(absent)?;
-    Ok(Gpu::new(cubecl::wgpu::WgpuRuntime::client(device), "vulkan"))
+    Ok(Gpu::new(cubecl::wgpu::WgpuRuntime::client(device), kind))
 }
 
-/// The Vulkan adapters, by the name that CubeCL knows them by: kind and number within the kind.
-#[cfg(feature = "vulkan")]
+/// The adapters of wgpu, by the name that CubeCL knows them by: kind and number within the kind.
+#[cfg(any(feature = "vulkan", target_os = "macos"))]
 fn adapters() -> Vec<(cubecl::wgpu::WgpuDevice, DeviceInfo)> {
     use cubecl::wgpu::WgpuDevice;
     use wgpu::DeviceType;
+    let (kind, _, backends) = API;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
-        backends: wgpu::Backends::VULKAN,
+        backends,
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
-    let adapters = cubecl::future::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
+    let adapters = cubecl::future::block_on(instance.enumerate_adapters(backends));
     let mut numbers = [0; 3];
-    let mut number = |kind: usize| {
-        numbers[kind] += 1;
-        numbers[kind] - 1
+    let mut number = |of: usize| {
+        numbers[of] += 1;
+        numbers[of] - 1
     };
     let known = adapters.into_iter().filter_map(|adapter| {
         let info = adapter.get_info();
@@ -94,7 +127,5 @@ fn adapters() -> Vec<(cubecl::wgpu::WgpuDevice, DeviceInfo)> {
         Some((device, info.name, info.device_type == DeviceType::Cpu))
     });
     let numbered = known.enumerate();
-    numbered
-        .map(|(index, (device, name, software))| (device, DeviceInfo { kind: "vulkan", index, name, software }))
-        .collect()
+    numbered.map(|(index, (device, name, software))| (device, DeviceInfo { kind, index, name, software })).collect()
 }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 /// The sum over all units, known to each of them; `units` is the size of the cube.
 #[cube]
+#[allow(clippy::manual_is_multiple_of)] // Kernels have no such method.
 pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
     let mut partial = Shared::<[f32]>::new_slice(units);
     let sum = plane_sum(value);
@@ -22,6 +23,7 @@ pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
 
 /// The largest value of all units, known to each of them; NaN is ignored.
 #[cube]
+#[allow(clippy::manual_is_multiple_of)] // Kernels have no such method.
 pub(crate) fn cube_max(value: f32, #[comptime] units: usize) -> f32 {
     let mut partial = Shared::<[f32]>::new_slice(units);
     let max = plane_max(value);

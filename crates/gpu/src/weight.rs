@@ -1,10 +1,12 @@
 //! Weights in device memory.
 
 use cubecl::prelude::*;
+use marlin_formats::pack::Layout;
 use marlin_formats::{QuantizedMatrix, ScaleKind};
-use marlin_ops::{ExpertWeights, HostTensor, Result, Weight, WeightData};
+use marlin_ops::{HostTensor, Result, Weight, WeightData};
 
-use crate::decode::{Decoder, Scale};
+use crate::decode::{Codes, Decoder, PADDED, Scale};
+pub use crate::moe::GpuExperts;
 use crate::{Buffer, Gpu};
 
 /// A linear layer on a GPU, K-major; see [`crate::decode`].
@@ -28,26 +30,14 @@ pub struct GpuWeight {
     pub(crate) bias: Option<Buffer>,
 }
 
-/// The routed experts of a layer on a GPU.
-pub struct GpuExperts {
-    pub(crate) experts: Vec<GpuExpert>,
-}
-
-/// The three projections of one expert.
-pub(crate) struct GpuExpert {
-    pub(crate) gate: GpuWeight,
-    pub(crate) up: GpuWeight,
-    pub(crate) down: GpuWeight,
-}
-
 /// A weight's bytes as the device takes them.
-struct Packed {
-    decoder: Decoder,
-    words: Vec<u32>,
-    scales: Vec<u8>,
-    scale_count: usize,
-    zeros: Vec<u16>,
-    table: Vec<f32>,
+pub(crate) struct Packed {
+    pub(crate) decoder: Decoder,
+    pub(crate) words: Vec<u32>,
+    pub(crate) scales: Vec<u8>,
+    pub(crate) scale_count: usize,
+    pub(crate) zeros: Vec<u16>,
+    pub(crate) table: Vec<f32>,
 }
 
 impl GpuWeight {
@@ -55,10 +45,7 @@ impl GpuWeight {
     pub(crate) fn new<R: Runtime>(gpu: &Gpu<R>, weight: &Weight) -> Result<Self> {
         const OP: &str = "prepare_weight";
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
-        let packed = match &weight.data {
-            WeightData::Dense(tensor) => pack_dense(tensor, out_features, in_features)?,
-            WeightData::Quantized(matrix) => pack_quantized(matrix)?,
-        };
+        let packed = pack(weight)?;
         let bias = weight.bias.as_ref().map(|bias| gpu.create_f32(OP, bias)).transpose()?;
         Ok(Self {
             in_features,
@@ -82,25 +69,18 @@ impl GpuWeight {
     }
 }
 
-impl GpuExperts {
-    /// Uploads the experts of a layer.
-    pub(crate) fn new<R: Runtime>(gpu: &Gpu<R>, experts: &[ExpertWeights]) -> Result<Self> {
-        let upload = |expert: &ExpertWeights| {
-            Ok(GpuExpert {
-                gate: GpuWeight::new(gpu, &expert.gate)?,
-                up: GpuWeight::new(gpu, &expert.up)?,
-                down: GpuWeight::new(gpu, &expert.down)?,
-            })
-        };
-        Ok(Self { experts: experts.iter().map(upload).collect::<Result<_>>()? })
+/// A weight's bytes in the layout of [`GpuWeight`].
+pub(crate) fn pack(weight: &Weight) -> Result<Packed> {
+    match &weight.data {
+        WeightData::Dense(tensor) => pack_dense(tensor, weight.out_features(), weight.in_features()),
+        WeightData::Quantized(matrix) => pack_quantized(matrix),
     }
 }
 
 /// `[N, K]` to words `[units, N]`, one f32 or two 16-bit values each; an odd last feature is paired with 0.
 fn pack_dense(tensor: &HostTensor, n: usize, k: usize) -> Result<Packed> {
     let decoder = Decoder::dense(tensor.dtype());
-    let units = k.div_ceil(decoder.unit());
-    let mut words = vec![0u32; units * n];
+    let mut words = vec![0u32; k.next_multiple_of(PADDED) / decoder.unit() * n];
     if decoder.unit() == 1 {
         for (column, row) in tensor.to_f32()?.chunks_exact(k.max(1)).enumerate() {
             for (unit, value) in row.iter().enumerate() {
@@ -134,10 +114,30 @@ fn pack_quantized(matrix: &QuantizedMatrix) -> Result<Packed> {
     };
     Ok(Packed {
         decoder,
-        words: matrix.codes.clone(),
+        words: pad(&matrix.codes, decoder, matrix.out_features, matrix.in_features),
         scales,
         scale_count: matrix.scales.len(),
         zeros: matrix.zeros.clone(),
         table,
     })
+}
+
+/// Codes of whole units up to a multiple of [`PADDED`] features; those beyond K, of unspecified value, become 0.
+fn pad(codes: &[u32], decoder: Decoder, n: usize, k: usize) -> Vec<u32> {
+    let Codes::Packed(layout) = decoder.codes else { return codes.to_vec() };
+    let mut words = codes.to_vec();
+    let valid = k % decoder.unit();
+    if valid > 0 && n > 0 {
+        let low_bits = |bits: usize| if bits >= 32 { u32::MAX } else { (1 << bits) - 1 };
+        let masks = match layout {
+            Layout::Planar3 => vec![low_bits(2 * valid), low_bits(2 * valid.saturating_sub(16)), low_bits(valid)],
+            _ => vec![low_bits(layout.bits() as usize * valid)],
+        };
+        let first = words.len() - masks.len() * n;
+        for (row, mask) in words[first..].chunks_exact_mut(n).zip(masks) {
+            row.iter_mut().for_each(|word| *word &= mask);
+        }
+    }
+    words.resize(k.next_multiple_of(PADDED) / decoder.unit() * decoder.words() * n, 0);
+    words
 }

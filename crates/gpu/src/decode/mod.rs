@@ -4,6 +4,7 @@
 //! they are stored ([`marlin_formats::pack`]), dense ones with one f32 or two 16-bit values a word. The smallest whole
 //! unit is a *unit* of 1 to 32 input features; a group of weights that share a scale has whole units.
 
+mod block;
 mod scale;
 
 use cubecl::ir::{ElemType, FloatKind, UIntKind};
@@ -12,7 +13,11 @@ use half::f16;
 use marlin_formats::pack::Layout;
 use marlin_formats::{DType, Format, ScaleKind, Scheme};
 
-pub(crate) use scale::{group_scale, group_zero};
+pub(crate) use block::{block_level, field_level};
+pub(crate) use scale::{group_scale, group_zero, stored_scale};
+
+/// Input features are padded to a multiple of this with codes 0, whose levels are finite.
+pub(crate) const PADDED: usize = 32;
 
 /// How a weight is decoded; kernels are compiled for it.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -46,6 +51,10 @@ pub(crate) enum Levels {
     Minus { half: i32 },
     /// Two's complement byte.
     Signed8,
+    /// FP8 E4M3FN.
+    E4m3,
+    /// FP8 E5M2.
+    E5m2,
     /// Looked up in the weight's table.
     Table,
 }
@@ -80,7 +89,9 @@ impl Decoder {
             Format::Int8 => Levels::Signed8,
             Format::Int3 => Levels::Minus { half: 7 },
             Format::Int2 => Levels::Minus { half: 3 },
-            Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Nf4 | Format::Nf3 | Format::Nf2 => Levels::Table,
+            Format::Fp8E4m3 => Levels::E4m3,
+            Format::Fp8E5m2 => Levels::E5m2,
+            Format::Nf4 | Format::Nf3 | Format::Nf2 => Levels::Table,
         };
         let scale = match format.scale_kind() {
             ScaleKind::F16 => Scale::F16,
@@ -88,6 +99,11 @@ impl Decoder {
         };
         let codes = Codes::Packed(format.layout());
         Self { codes, levels, scale, zeros: format.has_zeros(), group_size: scheme.group_size }
+    }
+
+    /// The same codes and levels for kernels that take the group size at run time.
+    pub(crate) fn ungrouped(self) -> Self {
+        Self { group_size: 0, ..self }
     }
 
     /// Input features of a unit.
@@ -161,11 +177,10 @@ pub(crate) fn decode_unit(
                 }
             } else {
                 let word = words[at];
-                let mask = comptime!((1u32 << layout.bits()) - 1u32);
                 #[unroll]
                 for i in 0..comptime!(layout.codes_per_unit()) {
-                    let code = (word >> comptime!(layout.bits() * i as u32)) & mask;
-                    out[i] = level(code, table, d.levels);
+                    let first_bit = comptime!(layout.bits() * i as u32);
+                    out[i] = field_level(word, table, first_bit, comptime!(layout.bits()), d.levels);
                 }
             }
         }
@@ -176,17 +191,5 @@ pub(crate) fn decode_unit(
 /// The value of a code at zero point 0.
 #[cube]
 pub(crate) fn level(code: u32, table: &[f32], #[comptime] levels: Levels) -> f32 {
-    match comptime!(levels) {
-        // Dense values are no codes.
-        Levels::Dense => f32::reinterpret(code),
-        Levels::Fp4 => {
-            // Twice the magnitude, a hexadecimal digit for each of the eight.
-            let doubled = (0xc864_3210u32 >> ((code & 7u32) * 4u32)) & 15u32;
-            let magnitude = u32::reinterpret(f32::cast_from(doubled) * 0.5f32);
-            f32::reinterpret(magnitude | ((code & 8u32) << 28u32))
-        }
-        Levels::Minus { half } => f32::cast_from(code) - comptime!(half as f32 * 0.5),
-        Levels::Signed8 => f32::cast_from(i32::cast_from(code << 24u32) >> 24i32),
-        Levels::Table => table[code as usize],
-    }
+    field_level(code, table, 0u32, 8u32, levels)
 }

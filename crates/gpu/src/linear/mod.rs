@@ -1,25 +1,235 @@
-//! Linear layers.
+//! Linear layers, gated products and embeddings.
+//!
+//! A product is launched by one of the kernels of [`LinearKernel`]; [`select`] chooses by shape.
+
+mod embedding;
+mod epilogue;
+mod gemv;
+mod matrix;
+mod operands;
+mod row_factors;
+mod select;
+mod split_k;
+mod stream_k;
+#[cfg(all(test, feature = "vulkan"))]
+mod tests;
+mod tile;
 
 use cubecl::prelude::*;
-use marlin_ops::linear::{EmbeddingArgs, GatedUpArgs, LinearArgs, ProjectionsArgs};
-use marlin_ops::{LinearOps, Result};
+use marlin_formats::DType;
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, ProjectionsArgs, Residual};
+use marlin_ops::{LinearOps, OpError, Result};
 
-use crate::Gpu;
+use crate::element::Storage;
+use crate::launch::{cubes_for, units};
+use crate::{Buffer, Gpu};
+use embedding::EmbeddingConfig;
+pub use gemv::Gemv;
+use operands::{Combine, Product, grouping};
+pub use tile::{Accumulate, Tile};
+
+/// A kernel for products with weights, and its shape.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub enum LinearKernel {
+    /// Weights straight from memory to registers, for few rows.
+    Gemv(Gemv),
+    /// Tiles in shared memory, one cube each.
+    Matrix(Tile),
+    /// As [`LinearKernel::Matrix`] with K in 1 to 64 slices, added by a second kernel.
+    SplitK {
+        /// Shape.
+        tile: Tile,
+        /// Slices of K.
+        splits: usize,
+    },
+    /// Equal shares of all tiles and steps of K; tiles that workers share are added by a second kernel.
+    StreamK {
+        /// Shape.
+        tile: Tile,
+        /// Cubes of the first kernel.
+        workers: usize,
+    },
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// [`LinearOps::linear`] by this kernel.
+    ///
+    /// # Errors
+    /// As the operation; an unsupported error that names the limit where the kernel cannot have this shape.
+    pub fn linear_with(&self, kernel: LinearKernel, args: LinearArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        if args.out.elements() == 0 {
+            return Ok(());
+        }
+        self.multiply(Some(kernel), &linear_product(&args), None)
+    }
+
+    /// [`LinearOps::gated_up`] by this kernel.
+    ///
+    /// # Errors
+    /// As the operation; an unsupported error that names the limit where the kernel cannot have this shape.
+    pub fn gated_up_with(&self, kernel: LinearKernel, args: GatedUpArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        if args.out.elements() == 0 {
+            return Ok(());
+        }
+        self.gated(Some(kernel), args)
+    }
+
+    /// Launches a product; `row_factors` are those of its norm if they are known.
+    fn multiply(
+        &self,
+        kernel: Option<LinearKernel>,
+        product: &Product<'_, R>,
+        row_factors: Option<&Buffer>,
+    ) -> Result<()> {
+        let kernel = kernel.unwrap_or_else(|| select::select(self, product));
+        let factors = if kernel.reads_row_factors() { self.factors(product, row_factors)? } else { None };
+        let factors = factors.as_ref();
+        match kernel {
+            LinearKernel::Gemv(shape) => gemv::launch(self, shape, product),
+            LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, factors),
+            LinearKernel::SplitK { tile, splits } => split_k::launch(self, tile, splits, product, factors),
+            LinearKernel::StreamK { tile, workers } => stream_k::launch(self, tile, workers, product, factors),
+        }
+    }
+
+    /// The row factors of a product's norm.
+    fn factors(&self, product: &Product<'_, R>, known: Option<&Buffer>) -> Result<Option<Buffer>> {
+        match (known, &product.norm) {
+            (Some(known), _) => Ok(Some(known.clone())),
+            (None, Some(norm)) => row_factors::launch(self, product.operation, product.x, norm).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// Both weights in one kernel if they are stored alike, else one after the other.
+    fn gated(&self, kernel: Option<LinearKernel>, args: GatedUpArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "gated_up";
+        let (gate, up) = (args.gate.data(), args.up.data());
+        let product = |weight, up, activation, combine, out| Product {
+            operation: OP,
+            x: args.x,
+            norm: args.norm,
+            weight,
+            up,
+            activation,
+            out_scale: 1.0,
+            combine,
+            out,
+        };
+        if gate.decoder == up.decoder {
+            return self.multiply(kernel, &product(gate, Some(up), args.activation, Combine::Nothing, args.out), None);
+        }
+        let activated = self.scratch(OP, DType::F32, &[args.x.rows(), gate.out_features])?;
+        self.multiply(kernel, &product(gate, None, args.activation, Combine::Nothing, &activated), None)?;
+        self.multiply(kernel, &product(up, None, Activation::None, Combine::Multiply(&activated), args.out), None)
+    }
+}
+
+fn linear_product<'a, R: Runtime>(args: &'a LinearArgs<'_, Gpu<R>>) -> Product<'a, R> {
+    let combine = match args.residual {
+        Residual::None => Combine::Nothing,
+        Residual::Add(tensor) => Combine::Add(tensor),
+        Residual::InPlace => Combine::AddToOut,
+    };
+    Product {
+        operation: "linear",
+        x: args.x,
+        norm: None,
+        weight: args.weight.data(),
+        up: None,
+        activation: args.activation,
+        out_scale: args.out_scale,
+        combine,
+        out: args.out,
+    }
+}
 
 impl<R: Runtime> LinearOps for Gpu<R> {
-    fn run_linear(&self, _args: LinearArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("linear"))
+    fn run_linear(&self, args: LinearArgs<'_, Self>) -> Result<()> {
+        self.multiply(None, &linear_product(&args), None)
     }
 
-    fn run_projections(&self, _args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
-        Err(self.unsupported("projections"))
+    fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
+        let mut factors = None;
+        for projection in args.projections {
+            let product = Product {
+                operation: "projections",
+                x: args.x,
+                norm: args.norm,
+                weight: projection.weight.data(),
+                up: None,
+                activation: Activation::None,
+                out_scale: 1.0,
+                combine: Combine::Nothing,
+                out: projection.out,
+            };
+            if product.weight.out_features == 0 {
+                continue;
+            }
+            let kernel = select::select(self, &product);
+            if factors.is_none() && kernel.reads_row_factors() {
+                factors = self.factors(&product, None)?;
+            }
+            self.multiply(Some(kernel), &product, factors.as_ref())?;
+        }
+        Ok(())
     }
 
-    fn run_gated_up(&self, _args: GatedUpArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("gated_up"))
+    fn run_gated_up(&self, args: GatedUpArgs<'_, Self>) -> Result<()> {
+        self.gated(None, args)
     }
 
-    fn run_embedding(&self, _args: EmbeddingArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("embedding"))
+    fn run_embedding(&self, args: EmbeddingArgs<'_, Self>) -> Result<()> {
+        let table = args.table.data();
+        let (tokens, hidden) = (args.ids.elements(), table.in_features);
+        let (grouping, group) = grouping(table);
+        let out = Storage::of(args.out.dtype());
+        let config = EmbeddingConfig { decoder: table.kernel_decoder(), grouping, out };
+        // SAFETY: the buffers hold what their shapes say; ids are compared with the vocabulary, features with `hidden`.
+        unsafe {
+            embedding::embedding::launch_unchecked::<R>(
+                self.client(),
+                cubes_for(tokens * table.units()),
+                units(),
+                args.ids.buffer().arg(tokens),
+                table.words_arg(1),
+                table.scales_arg(1),
+                table.zeros_arg(1),
+                table.table_arg(),
+                args.out.buffer().arg(args.out.elements()),
+                self.faults(),
+                tokens as u32,
+                table.out_features as u32,
+                hidden as u32,
+                group,
+                config,
+                [table.decoder.scale_elem(), out.elem()],
+            );
+        }
+        Ok(())
     }
+}
+
+impl LinearKernel {
+    /// Whether the row factors of an input norm are found by a kernel before this one.
+    fn reads_row_factors(self) -> bool {
+        !matches!(self, Self::Gemv(_))
+    }
+}
+
+/// The error of a kernel that cannot have this shape.
+fn limit<R: Runtime>(gpu: &Gpu<R>, operation: &'static str, what: String) -> OpError {
+    use marlin_ops::Device;
+    OpError::Unsupported { operation, backend: gpu.name(), what }
+}
+
+/// A grid of cubes within the device's limits.
+fn grid<R: Runtime>(gpu: &Gpu<R>, operation: &'static str, cubes: [usize; 3]) -> Result<CubeCount> {
+    const MOST: usize = 65_535;
+    if cubes.iter().any(|&count| count > MOST) {
+        return Err(limit(gpu, operation, format!("a grid of {cubes:?} cubes, at most {MOST} along a dimension,")));
+    }
+    Ok(CubeCount::Static(cubes[0] as u32, cubes[1] as u32, cubes[2] as u32))
 }

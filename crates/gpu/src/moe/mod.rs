@@ -1,25 +1,41 @@
-//! Mixture of experts.
+//! Mixture of experts: routing, stable grouping, the experts' gated MLPs and their weighted sum.
+
+mod combine;
+mod dot;
+mod experts;
+mod fused;
+mod gemm;
+mod gemv;
+mod group;
+mod mlp;
+mod route;
 
 use cubecl::prelude::*;
 use marlin_ops::moe::{CombineArgs, ExpertMlpArgs, GroupArgs, RouteArgs};
 use marlin_ops::{MoeOps, Result};
 
+pub use experts::GpuExperts;
+pub use mlp::{ExpertKernel, ExpertStrategy};
+
 use crate::Gpu;
+use group::Sorted;
 
 impl<R: Runtime> MoeOps for Gpu<R> {
-    fn run_moe_route(&self, _args: RouteArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("moe_route"))
+    fn run_moe_route(&self, args: RouteArgs<'_, Self>) -> Result<()> {
+        self.route(args)
     }
 
-    fn run_moe_group(&self, _args: GroupArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("moe_group"))
+    fn run_moe_group(&self, args: GroupArgs<'_, Self>) -> Result<()> {
+        let sorted = Sorted { offsets: args.offsets, permutation: args.permutation, inverse: args.inverse };
+        self.group("moe_group", args.ids, args.experts, &sorted)
     }
 
-    fn run_moe_expert_mlp(&self, _args: ExpertMlpArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("moe_expert_mlp"))
+    fn run_moe_expert_mlp(&self, args: ExpertMlpArgs<'_, Self>) -> Result<()> {
+        self.choose_and_run(&args)
     }
 
-    fn run_moe_combine(&self, _args: CombineArgs<'_, Self>) -> Result<()> {
-        Err(self.unsupported("moe_combine"))
+    fn run_moe_combine(&self, args: CombineArgs<'_, Self>) -> Result<()> {
+        self.combine(args.rows, Some(args.inverse), args.weights, &args.residual, args.out);
+        Ok(())
     }
 }

@@ -1,0 +1,171 @@
+//! The routed experts of a layer in device memory.
+
+use cubecl::ir::{ElemType, UIntKind};
+use cubecl::prelude::*;
+use marlin_ops::{ExpertWeights, Result, Weight};
+
+use crate::decode::{Decoder, Scale};
+use crate::weight::{Packed, pack};
+use crate::{Buffer, Gpu};
+
+/// The routed experts of a layer on a GPU. Weights of one projection that are decoded alike lie in one buffer, so that
+/// one launch serves all their experts.
+pub struct GpuExperts {
+    pub(crate) count: usize,
+    pub(super) banks: Vec<Bank>,
+    pub(super) groups: Vec<Group>,
+}
+
+/// Weights `[experts, word rows, N]` of one projection with the same decoder.
+pub(super) struct Bank {
+    pub(super) decoder: Decoder,
+    /// `[experts, word rows, N]`.
+    pub(super) words: Buffer,
+    pub(super) word_count: usize,
+    /// `[experts, G, N]`.
+    pub(super) scales: Buffer,
+    pub(super) scale_count: usize,
+    /// `[experts, G, N]` f16.
+    pub(super) zeros: Buffer,
+    pub(super) zero_count: usize,
+    /// `[experts, 256]` where tensors have their own scale, else `[256]` or nothing.
+    pub(super) table: Buffer,
+    pub(super) table_len: usize,
+    /// `[experts, N]` f32.
+    pub(super) bias: Option<(Buffer, usize)>,
+}
+
+/// A bank as kernel arguments.
+pub(super) struct Operands<R: Runtime> {
+    pub(super) words: BufferArg<R>,
+    pub(super) scales: BufferArg<R>,
+    pub(super) zeros: BufferArg<R>,
+    pub(super) table: BufferArg<R>,
+    pub(super) bias: BufferArg<R>,
+    pub(super) scale_elem: ElemType,
+}
+
+impl<R: Runtime> Operands<R> {
+    /// The arguments in the place of a bank that a kernel does not read.
+    pub(super) fn unread(gpu: &Gpu<R>) -> Self {
+        Self {
+            words: gpu.unread(),
+            scales: gpu.unread(),
+            zeros: gpu.unread(),
+            table: gpu.unread(),
+            bias: gpu.unread(),
+            scale_elem: ElemType::UInt(UIntKind::U32),
+        }
+    }
+}
+
+impl Bank {
+    pub(super) fn operands<R: Runtime>(&self, gpu: &Gpu<R>) -> Operands<R> {
+        Operands {
+            words: self.words.arg(self.word_count),
+            scales: self.scales.arg(self.scale_count),
+            zeros: self.zeros.arg(self.zero_count),
+            table: self.table.arg(self.table_len),
+            bias: self.bias.as_ref().map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
+            scale_elem: self.decoder.scale_elem(),
+        }
+    }
+}
+
+/// The experts that have their projections in the same banks.
+pub(super) struct Group {
+    /// Of gate, up and down.
+    pub(super) banks: [usize; 3],
+    /// `[3, E]`: an expert's place in each bank, [`u32::MAX`] for the experts of other groups.
+    pub(super) places: Buffer,
+}
+
+/// A bank that is being filled.
+struct Filling {
+    projection: usize,
+    decoder: Decoder,
+    columns: usize,
+    experts: Vec<(Packed, Option<Vec<f32>>)>,
+    bytes: u64,
+}
+
+impl Filling {
+    /// Uploads the weights.
+    fn finish<R: Runtime>(self, gpu: &Gpu<R>) -> Result<Bank> {
+        const OP: &str = "prepare_experts";
+        let (mut words, mut scales, mut zeros, mut table) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut scale_count, mut bias) = (0, Vec::new());
+        let biased = self.experts.iter().any(|(_, bias)| bias.is_some());
+        for (packed, expert_bias) in self.experts {
+            words.extend(packed.words);
+            scales.extend(packed.scales);
+            scale_count += packed.scale_count;
+            zeros.extend(packed.zeros);
+            if table.is_empty() || self.decoder.scale == Scale::Byte {
+                table.extend(packed.table);
+            }
+            if biased {
+                bias.extend(expert_bias.unwrap_or_else(|| vec![0.0; self.columns]));
+            }
+        }
+        Ok(Bank {
+            decoder: self.decoder,
+            word_count: words.len().max(1),
+            words: gpu.create_u32(OP, &words)?,
+            scale_count: scale_count.max(1),
+            scales: gpu.create(OP, &scales)?,
+            zero_count: zeros.len().max(1),
+            zeros: gpu.create(OP, bytemuck::cast_slice(&zeros))?,
+            table_len: table.len().max(1),
+            table: gpu.create_f32(OP, &table)?,
+            bias: if biased { Some((gpu.create_f32(OP, &bias)?, bias.len())) } else { None },
+        })
+    }
+}
+
+/// Puts a weight into the bank of its kind: `(bank, place)`. A bank that would outgrow a buffer is followed by another.
+fn place(banks: &mut Vec<Filling>, projection: usize, weight: &Weight, most: u64) -> Result<(usize, u32)> {
+    let packed = pack(weight)?;
+    let bytes = (packed.words.len() * 4) as u64;
+    let fits =
+        |bank: &Filling| bank.projection == projection && bank.decoder == packed.decoder && bank.bytes + bytes <= most;
+    let index = banks.iter().position(fits).unwrap_or_else(|| {
+        let (decoder, columns) = (packed.decoder, weight.out_features());
+        banks.push(Filling { projection, decoder, columns, experts: Vec::new(), bytes: 0 });
+        banks.len() - 1
+    });
+    let bank = &mut banks[index];
+    bank.bytes += bytes;
+    bank.experts.push((packed, weight.bias.clone()));
+    Ok((index, bank.experts.len() as u32 - 1))
+}
+
+impl GpuExperts {
+    /// Uploads the experts of a layer.
+    pub(crate) fn new<R: Runtime>(gpu: &Gpu<R>, experts: &[ExpertWeights]) -> Result<Self> {
+        const OP: &str = "prepare_experts";
+        let most = gpu.client().properties().memory.max_page_size;
+        let mut banks = Vec::new();
+        let mut groups: Vec<([usize; 3], Vec<u32>)> = Vec::new();
+        for (e, expert) in experts.iter().enumerate() {
+            let (mut indices, mut places) = ([0; 3], [0; 3]);
+            for (projection, weight) in [&expert.gate, &expert.up, &expert.down].into_iter().enumerate() {
+                (indices[projection], places[projection]) = place(&mut banks, projection, weight, most)?;
+            }
+            let group = groups.iter().position(|(banks, _)| *banks == indices).unwrap_or_else(|| {
+                groups.push((indices, vec![u32::MAX; 3 * experts.len()]));
+                groups.len() - 1
+            });
+            for (projection, place) in places.into_iter().enumerate() {
+                groups[group].1[projection * experts.len() + e] = place;
+            }
+        }
+        let groups =
+            groups.into_iter().map(|(banks, places)| Ok(Group { banks, places: gpu.create_u32(OP, &places)? }));
+        Ok(Self {
+            count: experts.len(),
+            groups: groups.collect::<Result<_>>()?,
+            banks: banks.into_iter().map(|bank| bank.finish(gpu)).collect::<Result<_>>()?,
+        })
+    }
+}

@@ -1,0 +1,245 @@
+//! The experts' gated MLPs: which kernels compute them.
+
+use cubecl::prelude::*;
+use marlin_formats::DType;
+use marlin_ops::linear::{Activation, Residual};
+use marlin_ops::moe::ExpertMlpArgs;
+use marlin_ops::{Device, OpError, Result, Tensor};
+
+use super::experts::{Bank, Group};
+use super::fused::Fused;
+use super::gemm::SortedRows;
+use super::group::Sorted;
+use crate::Gpu;
+
+pub(super) const OP: &str = "moe_expert_mlp";
+
+/// How work is shared out among cubes.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub enum ExpertStrategy {
+    /// One launch for gate, up, activation and down: a cube for each assignment.
+    Fused,
+    /// Assignments sorted by expert; a cube for each tile of rows of one expert and stretch of columns.
+    Grouped,
+    /// A cube for each assignment and stretch of columns.
+    Parallel,
+}
+
+/// A configuration of the experts' kernels.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub struct ExpertKernel {
+    /// How work is shared out.
+    pub strategy: ExpertStrategy,
+    /// Rows of a tile: a power of two if grouped, else 1.
+    pub tile_m: usize,
+    /// Columns of a tile, a power of two; hidden values in shared memory if fused.
+    pub tile_n: usize,
+    /// Input features in shared memory.
+    pub tile_k: usize,
+    /// F32, or F16 for sums within the depth of a tile (grouped only).
+    pub accumulate: DType,
+}
+
+impl ExpertKernel {
+    /// The default of the parallel strategy.
+    pub const PARALLEL: Self =
+        Self { strategy: ExpertStrategy::Parallel, tile_m: 1, tile_n: 32, tile_k: 2048, accumulate: DType::F32 };
+    /// The default of the fused strategy.
+    pub const FUSED: Self =
+        Self { strategy: ExpertStrategy::Fused, tile_m: 1, tile_n: 1024, tile_k: 2048, accumulate: DType::F32 };
+
+    /// The default of the grouped strategy for tiles of `tile_m` rows.
+    pub const fn grouped(tile_m: usize) -> Self {
+        Self { strategy: ExpertStrategy::Grouped, tile_m, tile_n: 64, tile_k: 32, accumulate: DType::F32 }
+    }
+
+    /// The kernel for this many tokens: the experts' weights are read once for each assignment, or once for each tile.
+    fn choose(tokens: usize, top_k: usize, experts: usize) -> Self {
+        match tokens * top_k / experts.max(1) {
+            _ if tokens <= DECODE_TOKENS => Self::PARALLEL,
+            0..=8 => Self::grouped(8),
+            9..=32 => Self::grouped(32),
+            _ => Self::grouped(64),
+        }
+    }
+
+    /// What no kernel offers, if anything.
+    fn limit(&self) -> Option<String> {
+        let grouped = self.strategy == ExpertStrategy::Grouped;
+        let Self { tile_m, tile_n, tile_k, .. } = *self;
+        let shapes = match self.strategy {
+            ExpertStrategy::Parallel => {
+                tile_m == 1 && matches!(tile_n, 8 | 16 | 32 | 64 | 128 | 256) && (128..=4096).contains(&tile_k)
+            }
+            ExpertStrategy::Fused => tile_m == 1 && (1024..=2048).contains(&tile_n) && (1024..=4096).contains(&tile_k),
+            ExpertStrategy::Grouped => true,
+        };
+        let accumulates = self.accumulate == DType::F32 || (grouped && self.accumulate == DType::F16);
+        (!shapes || !accumulates).then(|| format!("experts by {self:?}"))
+    }
+}
+
+/// Largest number of tokens that is not sorted by expert.
+const DECODE_TOKENS: usize = 4;
+
+/// Products of rows with one or two projections of a group's experts.
+pub(super) struct Call<'a, R: Runtime> {
+    pub(super) x: &'a Tensor<Gpu<R>>,
+    pub(super) group: &'a Group,
+    /// Number of the first among gate, up and down.
+    pub(super) first_place: usize,
+    pub(super) first: &'a Bank,
+    /// The weight whose product the first, activated, is multiplied with.
+    pub(super) second: Option<&'a Bank>,
+    pub(super) activation: Activation,
+    pub(super) experts: usize,
+    /// K and N.
+    pub(super) features: usize,
+    pub(super) columns: usize,
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// [`marlin_ops::MoeOps::moe_expert_mlp`] by a given kernel.
+    ///
+    /// # Errors
+    /// As the operation, and [`OpError::Unsupported`] where the kernel's tiles cannot be.
+    pub fn moe_expert_mlp_with(&self, args: ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
+        check(&args)?;
+        self.expert_mlp(&args, kernel)
+    }
+
+    pub(super) fn choose_and_run(&self, args: &ExpertMlpArgs<'_, Self>) -> Result<()> {
+        let kernel = ExpertKernel::choose(args.x.rows(), args.ids.columns(), args.experts.count());
+        self.expert_mlp(args, &kernel)
+    }
+
+    fn expert_mlp(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
+        if let Some(what) = kernel.limit() {
+            return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
+        }
+        if args.ids.elements() == 0 {
+            self.combine(args.x, None, args.weights, &args.residual, args.out);
+            return Ok(());
+        }
+        match kernel.strategy {
+            ExpertStrategy::Fused => self.expert_mlp_fused(args, kernel),
+            ExpertStrategy::Grouped => self.expert_mlp_grouped(args, kernel),
+            ExpertStrategy::Parallel => self.expert_mlp_parallel(args, kernel),
+        }
+    }
+
+    fn expert_mlp_parallel(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
+        let (assignments, slots) = (args.ids.elements(), args.ids.columns());
+        let (hidden, intermediate) = (args.experts.hidden(), args.experts.intermediate());
+        let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
+        for (g, group) in args.experts.data().groups.iter().enumerate() {
+            Call::gated(args, group).rows(self, args.ids, slots, &gated, kernel, g == 0);
+        }
+        let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
+        for group in &args.experts.data().groups {
+            Call::down(args, group, &gated).rows(self, args.ids, 1, &rows, kernel, false);
+        }
+        self.combine(&rows, None, args.weights, &args.residual, args.out);
+        Ok(())
+    }
+
+    fn expert_mlp_grouped(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
+        let (assignments, slots, experts) = (args.ids.elements(), args.ids.columns(), args.experts.count());
+        let (hidden, intermediate) = (args.experts.hidden(), args.experts.intermediate());
+        let offsets = self.scratch(OP, DType::U32, &[experts + 1])?;
+        let permutation = self.scratch(OP, DType::U32, &[assignments])?;
+        let inverse = self.scratch(OP, DType::U32, &[assignments])?;
+        let sorted = Sorted { offsets: &offsets, permutation: &permutation, inverse: &inverse };
+        self.group(OP, args.ids, experts, &sorted)?;
+        let (tiles, tile_count) = self.tiles(OP, &offsets, assignments, kernel.tile_m)?;
+        let sorted = SortedRows { tiles: &tiles, tile_count, offsets: &offsets, permutation: &permutation };
+        let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
+        for group in &args.experts.data().groups {
+            Call::gated(args, group).tiles(self, &sorted, Some(slots), &gated, kernel)?;
+        }
+        let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
+        for group in &args.experts.data().groups {
+            Call::down(args, group, &gated).tiles(self, &sorted, None, &rows, kernel)?;
+        }
+        self.combine(&rows, Some(&inverse), args.weights, &args.residual, args.out);
+        Ok(())
+    }
+
+    fn expert_mlp_fused(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
+        let rows = self.scratch(OP, DType::F32, &[args.ids.elements(), args.experts.hidden()])?;
+        let experts = args.experts.data();
+        for (g, group) in experts.groups.iter().enumerate() {
+            let fused = Fused {
+                x: args.x,
+                ids: args.ids,
+                group,
+                banks: group.banks.map(|bank| &experts.banks[bank]),
+                experts: experts.count,
+                intermediate: args.experts.intermediate(),
+                activation: args.activation,
+            };
+            fused.launch(self, &rows, kernel, g == 0);
+        }
+        self.combine(&rows, None, args.weights, &args.residual, args.out);
+        Ok(())
+    }
+}
+
+impl<'a, R: Runtime> Call<'a, R> {
+    /// `act(x Wg) * (x Wu)`.
+    fn gated(args: &'a ExpertMlpArgs<'_, Gpu<R>>, group: &'a Group) -> Self {
+        let banks = &args.experts.data().banks;
+        Self {
+            x: args.x,
+            group,
+            first_place: 0,
+            first: &banks[group.banks[0]],
+            second: Some(&banks[group.banks[1]]),
+            activation: args.activation,
+            experts: args.experts.count(),
+            features: args.experts.hidden(),
+            columns: args.experts.intermediate(),
+        }
+    }
+
+    /// `h Wd`.
+    fn down(args: &'a ExpertMlpArgs<'_, Gpu<R>>, group: &'a Group, gated: &'a Tensor<Gpu<R>>) -> Self {
+        Self {
+            x: gated,
+            group,
+            first_place: 2,
+            first: &args.experts.data().banks[group.banks[2]],
+            second: None,
+            activation: Activation::None,
+            experts: args.experts.count(),
+            features: args.experts.intermediate(),
+            columns: args.experts.hidden(),
+        }
+    }
+}
+
+/// The shapes that kernels rely on.
+fn check<R: Runtime>(args: &ExpertMlpArgs<'_, Gpu<R>>) -> Result<()> {
+    let (tokens, hidden, slots) = (args.x.rows(), args.experts.hidden(), args.ids.columns());
+    let residual = if let Residual::Add(residual) = args.residual { Some(residual) } else { None };
+    let floats = [("x", Some(args.x)), ("out", Some(&*args.out)), ("residual", residual)];
+    for (operand, tensor) in floats.into_iter().filter_map(|(operand, tensor)| Some((operand, tensor?))) {
+        let found = tensor.dtype();
+        if !matches!(found, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(OpError::DType { operation: OP, operand, found, expected: "F32, F16 or BF16" });
+        }
+        if tensor.rows() != tokens || tensor.columns() != hidden {
+            return Err(OpError::shape(OP, operand, tensor.dims(), format!("[{tokens}, {hidden}]")));
+        }
+    }
+    for (operand, tensor, dtype) in [("ids", args.ids, DType::U32), ("weights", args.weights, DType::F32)] {
+        let found = tensor.dtype();
+        if found != dtype {
+            return Err(OpError::DType { operation: OP, operand, found, expected: dtype.name() });
+        }
+        if tensor.dims() != [tokens, slots] {
+            return Err(OpError::shape(OP, operand, tensor.dims(), format!("[{tokens}, {slots}]")));
+        }
+    }
+    Ok(())
+}
