@@ -27,6 +27,9 @@ pub struct DeviceArgs {
     /// Device to run on
     #[arg(long, value_enum, default_value = "auto")]
     pub device: DeviceKind,
+    /// Number of the device among those of its kind, as `marlin devices` lists them [default: the best]
+    #[arg(long, value_name = "N")]
+    pub device_index: Option<usize>,
     /// Multiply decoded weights with f32 activations instead of int8 ones
     #[arg(long)]
     pub exact: bool,

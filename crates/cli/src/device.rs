@@ -7,16 +7,89 @@ use marlin_cpu::{Cpu, CpuOptions};
 
 use crate::args::{DeviceArgs, DeviceKind};
 
-/// Opens the device that was asked for; a device this build lacks is an error, never a fallback.
-pub fn open(args: &DeviceArgs) -> Result<Arc<Cpu>> {
-    match args.device {
-        DeviceKind::Auto | DeviceKind::Cpu => {
-            let options = CpuOptions { threads: args.threads, exact: args.exact, ..CpuOptions::default() };
-            Ok(Arc::new(Cpu::new(options)?))
+/// An open device.
+pub enum Opened {
+    /// The CPU.
+    Cpu(Arc<Cpu>),
+    /// An Apple GPU.
+    #[cfg(all(feature = "gpu", target_os = "macos"))]
+    Metal(Arc<marlin_gpu::Metal>),
+    /// An NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<marlin_gpu::Cuda>),
+    /// A Vulkan device.
+    #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+    Vulkan(Arc<marlin_gpu::Vulkan>),
+}
+
+/// Runs the body with the device that the arguments ask for: `on_device!(&args, |backend| expression)`.
+macro_rules! on_device {
+    ($args:expr, |$backend:ident| $body:expr) => {
+        match $crate::device::open($args)? {
+            $crate::device::Opened::Cpu($backend) => $body,
+            #[cfg(all(feature = "gpu", target_os = "macos"))]
+            $crate::device::Opened::Metal($backend) => $body,
+            #[cfg(feature = "cuda")]
+            $crate::device::Opened::Cuda($backend) => $body,
+            #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+            $crate::device::Opened::Vulkan($backend) => $body,
         }
-        DeviceKind::Metal | DeviceKind::Cuda | DeviceKind::Vulkan => {
-            let name = format!("{:?}", args.device).to_lowercase();
-            bail!("device `{name}` is not in this build; it has: cpu")
-        }
+    };
+}
+pub(crate) use on_device;
+
+/// Opens the device that was asked for; one that this build or machine lacks is an error, never a fallback. `auto` is
+/// the CPU.
+pub fn open(args: &DeviceArgs) -> Result<Opened> {
+    let kind = args.device;
+    // GPUs are chosen by name until their speed is measured.
+    if matches!(kind, DeviceKind::Auto | DeviceKind::Cpu) {
+        return Ok(Opened::Cpu(open_cpu(args)?));
     }
+    if args.threads.is_some() {
+        bail!("--threads is a setting of the CPU: use it with --device cpu");
+    }
+    match kind {
+        #[cfg(all(feature = "gpu", target_os = "macos"))]
+        DeviceKind::Metal => Ok(Opened::Metal(Arc::new(marlin_gpu::metal(args.device_index)?))),
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => Ok(Opened::Cuda(Arc::new(marlin_gpu::cuda(args.device_index)?))),
+        #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+        DeviceKind::Vulkan => Ok(Opened::Vulkan(Arc::new(marlin_gpu::vulkan(args.device_index)?))),
+        _ => bail!("device `{}` is not in this build; it has: {}", name(kind), built().join(", ")),
+    }
+}
+
+/// The CPU, for what runs nowhere else.
+pub fn open_cpu(args: &DeviceArgs) -> Result<Arc<Cpu>> {
+    if let Some(index) = args.device_index {
+        bail!("--device-index {index}: there is one CPU; name a GPU with --device");
+    }
+    let options = CpuOptions { threads: args.threads, exact: args.exact, ..CpuOptions::default() };
+    Ok(Arc::new(Cpu::new(options)?))
+}
+
+fn name(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Auto => "auto",
+        DeviceKind::Cpu => "cpu",
+        DeviceKind::Metal => "metal",
+        DeviceKind::Cuda => "cuda",
+        DeviceKind::Vulkan => "vulkan",
+    }
+}
+
+/// The kinds of this build.
+fn built() -> Vec<&'static str> {
+    let mut kinds = vec!["cpu"];
+    if cfg!(all(feature = "gpu", target_os = "macos")) {
+        kinds.push("metal");
+    }
+    if cfg!(feature = "cuda") {
+        kinds.push("cuda");
+    }
+    if cfg!(all(feature = "gpu", not(target_os = "macos"))) {
+        kinds.push("vulkan");
+    }
+    kinds
 }

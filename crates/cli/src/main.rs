@@ -52,7 +52,19 @@ enum Command {
     Devices(commands::devices::DevicesArgs),
 }
 
+/// Without a session, Mesa's device-selection layer complains on standard error that it finds no display server; it is
+/// not needed, because devices are chosen here.
+#[cfg(all(feature = "gpu", target_os = "linux"))]
+fn silence_device_selection() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: called first in `main`: no other thread exists that could read the environment.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(all(feature = "gpu", target_os = "linux"))]
+    silence_device_selection();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Generate(args) => commands::generate::run(args),

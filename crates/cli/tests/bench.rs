@@ -25,6 +25,12 @@ fn decode_reads_the_chosen_experts_and_the_cache() {
     let bytes = number(&result, "bytes_per_token");
     assert_close(number(&result, "achieved_bytes_per_s"), bytes * number(&result, "decode_tokens_per_s"));
     assert!(number(&result, "read_bandwidth_bytes_per_s") > 1e8, "{result}");
+    // Five tokens in turns of four.
+    let shares = &result["share_of_plain_reads"];
+    assert_eq!((number(shares, "rounds"), number(shares, "tokens_per_round")), (2.0, 4.0), "{shares}");
+    let quartiles = ["lower_quartile", "median", "upper_quartile"].map(|key| number(shares, key));
+    assert!(quartiles[0] > 0.0 && quartiles.is_sorted(), "{shares}");
+    assert!(number(shares, "decode_bytes_per_s") > 0.0 && number(shares, "plain_bytes_per_s") > 1e8, "{shares}");
     // Two of eight experts, one row of the embedding.
     let weights = number(&result, "weights_bytes");
     assert!(0.3 * weights < bytes && bytes < 0.9 * weights, "{result}");
@@ -66,7 +72,14 @@ fn the_profile_adds_up() {
 #[test]
 fn tables_are_printed() {
     let text = String::from_utf8(stdout(&[&BENCH[..], &["--profile"]].concat())).unwrap();
-    for part in ["MB per decoded token", "roofline", "prefill: 24 tokens", "decode: 5 tokens", "unaccounted"] {
+    for part in [
+        "MB per decoded token",
+        "next to plain reads",
+        "roofline",
+        "prefill: 24 tokens",
+        "decode: 5 tokens",
+        "unaccounted",
+    ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
     assert_eq!(text.matches("moe moe_expert_mlp int4_s4").count(), 2, "{text}");

@@ -1,14 +1,17 @@
 //! `marlin chat`: a conversation on the terminal.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use marlin_models::{ChatTemplate, GenerationConfig, Message, Tokenizer};
+use marlin_ops::Backend;
 
 use crate::args::{DeviceArgs, ModelArgs, SamplingArgs};
+use crate::bundled;
+use crate::device::on_device;
 use crate::session::{Sampler, Session, tokens_per_second};
-use crate::{bundled, device};
 
 /// Arguments of `marlin chat`.
 #[derive(Args)]
@@ -26,7 +29,10 @@ pub struct ChatArgs {
 
 /// Reads messages line by line and streams the answers; `/new` starts over, end of input leaves.
 pub fn run(args: ChatArgs) -> Result<()> {
-    let backend = device::open(&args.device)?;
+    on_device!(&args.device, |backend| run_on(backend, args))
+}
+
+fn run_on<B: Backend>(backend: Arc<B>, args: ChatArgs) -> Result<()> {
     let dir = bundled::model_dir(args.model.model.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let Some(template) = ChatTemplate::from_dir(&dir)? else {

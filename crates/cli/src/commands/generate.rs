@@ -1,16 +1,18 @@
 //! `marlin generate`: continue a text.
 
 use std::io::{IsTerminal, Read, Write};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use marlin_models::{GenerationConfig, Tokenizer};
-use marlin_ops::Device;
+use marlin_ops::Backend;
 use serde_json::json;
 
 use crate::args::{DeviceArgs, ModelArgs, SamplingArgs};
+use crate::bundled;
+use crate::device::on_device;
 use crate::session::{Sampler, Session, tokens_per_second};
-use crate::{bundled, device};
 
 /// Arguments of `marlin generate`.
 #[derive(Args)]
@@ -30,8 +32,11 @@ pub struct GenerateArgs {
 
 /// Continues the prompt, printing text as it comes.
 pub fn run(args: GenerateArgs) -> Result<()> {
+    on_device!(&args.device, |backend| run_on(backend, args))
+}
+
+fn run_on<B: Backend>(backend: Arc<B>, args: GenerateArgs) -> Result<()> {
     let prompt = read_prompt(args.prompt)?;
-    let backend = device::open(&args.device)?;
     let dir = bundled::model_dir(args.model.model.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let ids = tokenizer.encode(&prompt, true)?;

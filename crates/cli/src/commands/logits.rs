@@ -3,15 +3,18 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use marlin_formats::DType;
+use marlin_ops::Backend;
 use safetensors::tensor::TensorView;
 
 use crate::args::{CacheType, DeviceArgs};
+use crate::bundled;
+use crate::device::on_device;
 use crate::session::Session;
-use crate::{bundled, device};
 
 /// Arguments of `marlin logits`.
 #[derive(Args)]
@@ -34,7 +37,10 @@ pub struct LogitsArgs {
 
 /// Runs the tokens through the model and writes every row of logits.
 pub fn run(args: LogitsArgs) -> Result<()> {
-    let backend = device::open(&args.device)?;
+    on_device!(&args.device, |backend| run_on(backend, args))
+}
+
+fn run_on<B: Backend>(backend: Arc<B>, args: LogitsArgs) -> Result<()> {
     let dir = bundled::model_dir(args.model.as_deref())?;
     let context = Some(args.tokens.len());
     let mut session = Session::open_with(backend, &dir, context, DType::from(args.kv))?;

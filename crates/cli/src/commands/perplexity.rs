@@ -1,16 +1,19 @@
 //! `marlin perplexity`: how well a model predicts a text.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use marlin_formats::DType;
 use marlin_models::Tokenizer;
+use marlin_ops::Backend;
 use serde_json::json;
 
 use crate::args::{CacheType, DeviceArgs};
+use crate::bundled;
+use crate::device::on_device;
 use crate::session::Session;
-use crate::{bundled, device};
 
 /// Arguments of `marlin perplexity`.
 #[derive(Args)]
@@ -39,11 +42,14 @@ pub struct PerplexityArgs {
 
 /// Scores the text in contiguous windows.
 pub fn run(args: PerplexityArgs) -> Result<()> {
+    on_device!(&args.device, |backend| run_on(backend, args))
+}
+
+fn run_on<B: Backend>(backend: Arc<B>, args: PerplexityArgs) -> Result<()> {
     if args.context < 2 {
         bail!("--context {} leaves nothing to score: use at least 2", args.context);
     }
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
-    let backend = device::open(&args.device)?;
     let dir = bundled::model_dir(args.model.as_deref())?;
     let ids = Tokenizer::from_dir(&dir)?.encode(&text, false)?;
     if ids.len() < 2 {

@@ -17,8 +17,9 @@ use marlin_quantize::{
 use serde_json::Value;
 
 use crate::args::{DeviceArgs, DeviceKind, format_names};
+use crate::bundled;
 use crate::calibration::{ModelCalibration, read_sequences};
-use crate::{bundled, device};
+use crate::device::on_device;
 
 #[cfg(test)]
 mod tests;
@@ -160,7 +161,6 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     let start = Instant::now();
     let plan = args.plan()?;
     let method = args.method()?;
-    let backend = device::open(&DeviceArgs { device: args.device, exact: true, threads: None })?;
     let input = Input::open(&args.input)?;
     let assignments = plan.resolve(&input.modules)?;
     let mut output = Output::create(&args.output)?;
@@ -172,11 +172,14 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
         }
         _ => Vec::new(),
     };
-    let mut calibration = match method {
+    let device = DeviceArgs { device: args.device, device_index: None, exact: true, threads: None };
+    let mut calibration: Option<Box<dyn Calibration + '_>> = match method {
         Method::Rtn(_) => None,
-        Method::Gptq(_) => Some(ModelCalibration::new(backend, &input.checkpoint, &input.config, &sequences)?),
+        Method::Gptq(_) => Some(on_device!(&device, |backend| {
+            Box::new(ModelCalibration::new(backend, &input.checkpoint, &input.config, &sequences)?)
+        })),
     };
-    let calibration = calibration.as_mut().map(|model| model as &mut dyn Calibration);
+    let calibration = calibration.as_mut().map(|model| &mut **model as &mut dyn Calibration);
     let (summary, written) = write_model(&input, &assignments, method, calibration, &mut output)
         .and_then(|summary| Ok((summary, output.finish(&input, &plan, &assignments)?)))?;
     warn(&summary);

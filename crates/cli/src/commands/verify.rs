@@ -1,16 +1,14 @@
 //! `marlin verify`: every operation of a device against the f64 oracle.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use clap::Args;
 use marlin_conformance::{CaseResult, Family, Report, VerifyOptions};
-use marlin_cpu::Cpu;
 use serde_json::json;
 
 use crate::args::{DeviceArgs, DeviceKind, threads};
-use crate::device;
+use crate::device::{self, Opened};
 
 /// Arguments of `marlin verify`.
 #[derive(Args)]
@@ -18,6 +16,9 @@ pub struct VerifyArgs {
     /// Device to verify
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceKind,
+    /// Number of the device among those of its kind
+    #[arg(long, value_name = "N")]
+    device_index: Option<usize>,
     /// Only this family (device, linear, norm, rope, attention, moe, hadamard, sampling, convert)
     #[arg(long, value_name = "F")]
     family: Option<Family>,
@@ -32,18 +33,27 @@ pub struct VerifyArgs {
     json: bool,
 }
 
-/// Verifies the exact and the default mode; any failure makes the exit status 1.
+/// Verifies the exact and the default mode, where they differ; any failure makes the exit status 1.
 pub fn run(args: VerifyArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut device = String::new();
     for exact in [true, false] {
-        let backend: Arc<Cpu> = device::open(&DeviceArgs { device: args.device, exact, threads: args.threads })?;
-        let options = VerifyOptions {
-            families: args.family.map(|family| vec![family]),
-            int8_activations: !exact,
-            ..VerifyOptions::default()
+        let options = VerifyOptions { families: args.family.map(|family| vec![family]), ..VerifyOptions::default() };
+        let device_args =
+            DeviceArgs { device: args.device, device_index: args.device_index, exact, threads: args.threads };
+        let report = match device::open(&device_args)? {
+            Opened::Cpu(cpu) => {
+                marlin_conformance::verify(&*cpu, &VerifyOptions { int8_activations: !exact, ..options })
+            }
+            // GPUs have one mode.
+            _ if !exact => break,
+            #[cfg(all(feature = "gpu", target_os = "macos"))]
+            Opened::Metal(gpu) => marlin_conformance::verify(&*gpu, &options),
+            #[cfg(feature = "cuda")]
+            Opened::Cuda(gpu) => marlin_conformance::verify(&*gpu, &options),
+            #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+            Opened::Vulkan(gpu) => marlin_conformance::verify(&*gpu, &options),
         };
-        let report = marlin_conformance::verify(&*backend, &options);
         let mode = if exact { "exact" } else { "default" };
         results.extend(
             report

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod parity;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -69,7 +71,8 @@ pub fn golden_folders() -> Vec<PathBuf> {
 
 /// One golden folder by name.
 pub fn golden_folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    // Tests of other crates use these models too.
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden").join(name)
 }
 
 pub fn load<B: Backend>(backend: &Arc<B>, dir: &Path, chunk: usize) -> Model<B> {

@@ -96,8 +96,8 @@ struct Written {
 impl Written {
     /// Opens a folder and loads it as a model, which refuses missing and extra tensors.
     fn open(dir: &Path) -> Self {
-        let device = DeviceArgs { device: DeviceKind::Cpu, exact: true, threads: Some(1) };
-        let backend = device::open(&device).unwrap();
+        let device = DeviceArgs { device: DeviceKind::Cpu, device_index: None, exact: true, threads: Some(1) };
+        let backend = crate::device::open_cpu(&device).unwrap();
         let config = ModelConfig::from_dir(dir).unwrap();
         let checkpoint = Checkpoint::open(dir).unwrap();
         Model::load(backend, &checkpoint, config.clone(), LoadOptions::default()).unwrap();

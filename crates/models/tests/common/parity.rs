@@ -1,0 +1,91 @@
+//! Logits of golden models on any backend against transformers: whole prompt, token by token, in pieces.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use marlin_models::{KvCache, Logits, Model};
+use marlin_ops::Backend;
+
+use super::{Golden, golden_folders, load, max_difference};
+
+/// Of the largest |logit|, with f32 weights, activations and cache.
+const TOLERANCE: f32 = 1e-4;
+
+/// How the tokens reach the model.
+#[derive(Clone, Copy, Debug)]
+enum Feed {
+    /// One call, one pass.
+    Prefill,
+    /// One call a token.
+    Decode,
+    /// Two calls; the second continues the cache.
+    TwoCalls,
+    /// One call that the model splits into passes, with logits read a few rows at a time.
+    Chunks,
+}
+
+/// Rows of one pass in [`Feed::Chunks`].
+const CHUNK: usize = 13;
+
+fn run<B: Backend>(backend: &Arc<B>, dir: &Path, tokens: &[u32], feed: Feed) -> Vec<f32> {
+    let chunk = if let Feed::Chunks = feed { CHUNK } else { 512 };
+    let model = load(backend, dir, chunk);
+    let mut cache = KvCache::new(&model, tokens.len()).unwrap();
+    let all = match feed {
+        Feed::Prefill => all_logits(&model, tokens, &mut cache),
+        Feed::Decode => decode(&model, tokens, &mut cache),
+        Feed::TwoCalls => {
+            let (first, second) = tokens.split_at((tokens.len() / 3 * 2) | 1);
+            let mut all = all_logits(&model, first, &mut cache);
+            all.extend(all_logits(&model, second, &mut cache));
+            all
+        }
+        Feed::Chunks => {
+            let mut scratch = model.scratch(5).unwrap();
+            model.logits(tokens, &mut cache, &mut scratch).unwrap()
+        }
+    };
+    assert_eq!(cache.len(), tokens.len());
+    all
+}
+
+fn all_logits<B: Backend>(model: &Model<B>, tokens: &[u32], cache: &mut KvCache<B>) -> Vec<f32> {
+    let mut scratch = model.scratch(tokens.len()).unwrap();
+    let logits = model.forward(tokens, cache, &mut scratch, Logits::All).unwrap();
+    assert_eq!(logits.dims(), [tokens.len(), model.config().vocab_size]);
+    model.backend().read_f32(logits).unwrap()
+}
+
+fn decode<B: Backend>(model: &Model<B>, tokens: &[u32], cache: &mut KvCache<B>) -> Vec<f32> {
+    let mut scratch = model.scratch(1).unwrap();
+    let mut all = Vec::new();
+    for token in tokens {
+        let logits = model.forward(&[*token], cache, &mut scratch, Logits::Last).unwrap();
+        all.extend(model.backend().read_f32(logits).unwrap());
+    }
+    all
+}
+
+/// Every golden model on `backend`, fed in every way.
+pub fn check_all_golden_models<B: Backend>(backend: B) {
+    let backend = Arc::new(backend);
+    let mut failures = Vec::new();
+    for dir in golden_folders() {
+        let golden = Golden::read(&dir.join("golden.safetensors"));
+        failures.extend(check(&backend, &dir, &golden));
+    }
+    assert!(failures.is_empty(), "beyond {TOLERANCE}:\n{}", failures.join("\n"));
+}
+
+/// The feeds whose logits are beyond the tolerance.
+pub fn check<B: Backend>(backend: &Arc<B>, dir: &Path, golden: &Golden) -> Vec<String> {
+    let feeds = [Feed::Prefill, Feed::Decode, Feed::TwoCalls, Feed::Chunks];
+    let lines = feeds.map(|feed| {
+        let logits = run(backend, dir, &golden.tokens, feed);
+        let error = max_difference(&logits, &golden.logits) / golden.scale();
+        let line = format!("{} {feed:?}: {error:.2e}", dir.display());
+        println!("{line}");
+        (error > TOLERANCE).then_some(line)
+    });
+    lines.into_iter().flatten().collect()
+}
