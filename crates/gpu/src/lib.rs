@@ -1,8 +1,8 @@
 //! How a GPU computes the operations of [`marlin_ops`]: kernels written once with CubeCL, compiled at run time to Metal
 //! (MSL), CUDA C++ or Vulkan (SPIR-V).
 //!
-//! A family is a file or folder called as in `marlin-ops`. Kernels read every dtype through [`element`], decode weights
-//! through [`decode`], and report bad values inside operands through [`fault`]: the next read returns the error.
+//! A family is a file or folder called as in `marlin-ops`. Kernels read every dtype through `element`, decode weights
+//! through `decode`, and report bad values inside operands through `fault`: the next read returns the error.
 
 // Kernels are Rust that CubeCL reads: most methods of the standard library do not exist there, `#[define]` makes a second
 // argument of each, and constants are written as published.

@@ -9,7 +9,7 @@ use crate::decode::{Codes, Decoder, PADDED, Scale};
 pub use crate::moe::GpuExperts;
 use crate::{Buffer, Gpu};
 
-/// A linear layer on a GPU, K-major; see [`crate::decode`].
+/// A linear layer on a GPU, K-major; see `decode`.
 pub struct GpuWeight {
     pub(crate) in_features: usize,
     pub(crate) out_features: usize,
