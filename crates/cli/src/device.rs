@@ -22,10 +22,10 @@ pub enum Opened {
     Vulkan(Arc<marlin_gpu::Vulkan>),
 }
 
-/// Runs the body with the device that the arguments ask for: `on_device!(&args, |backend| expression)`.
-macro_rules! on_device {
-    ($args:expr, |$backend:ident| $body:expr) => {
-        match $crate::device::open($args)? {
+/// Runs the body with an open device: `with_device!(opened, |backend| expression)`.
+macro_rules! with_device {
+    ($opened:expr, |$backend:ident| $body:expr) => {
+        match $opened {
             $crate::device::Opened::Cpu($backend) => $body,
             #[cfg(all(feature = "gpu", target_os = "macos"))]
             $crate::device::Opened::Metal($backend) => $body,
@@ -34,6 +34,14 @@ macro_rules! on_device {
             #[cfg(all(feature = "gpu", not(target_os = "macos")))]
             $crate::device::Opened::Vulkan($backend) => $body,
         }
+    };
+}
+pub(crate) use with_device;
+
+/// Runs the body with the device that the arguments ask for: `on_device!(&args, |backend| expression)`.
+macro_rules! on_device {
+    ($args:expr, |$backend:ident| $body:expr) => {
+        $crate::device::with_device!($crate::device::open($args)?, |$backend| $body)
     };
 }
 pub(crate) use on_device;

@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::args::{DeviceArgs, DeviceKind, format_names};
 use crate::bundled;
 use crate::calibration::{ModelCalibration, read_sequences};
-use crate::device::on_device;
+use crate::device::{self, with_device};
 
 #[cfg(test)]
 mod tests;
@@ -161,6 +161,7 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     let start = Instant::now();
     let plan = args.plan()?;
     let method = args.method()?;
+    let device = device::open(&DeviceArgs { device: args.device, device_index: None, exact: true, threads: None })?;
     let input = Input::open(&args.input)?;
     let assignments = plan.resolve(&input.modules)?;
     let mut output = Output::create(&args.output)?;
@@ -172,10 +173,9 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
         }
         _ => Vec::new(),
     };
-    let device = DeviceArgs { device: args.device, device_index: None, exact: true, threads: None };
     let mut calibration: Option<Box<dyn Calibration + '_>> = match method {
         Method::Rtn(_) => None,
-        Method::Gptq(_) => Some(on_device!(&device, |backend| {
+        Method::Gptq(_) => Some(with_device!(device, |backend| {
             Box::new(ModelCalibration::new(backend, &input.checkpoint, &input.config, &sequences)?)
         })),
     };
