@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use half::f16;
 
-use crate::decode::{Decoder, Scale, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, PADDED, Scale, decode_unit, group_scale, group_zero};
 
 /// Units that are decoded at once: about 32 features that share a scale.
 pub(super) fn span_units(decoder: Decoder) -> usize {
@@ -54,12 +54,13 @@ pub(super) struct Place {
 #[cube]
 pub(super) fn place(index: u32, features: usize, columns: usize, #[comptime] d: Decoder) -> Place {
     let units = features.div_ceil(comptime!(d.unit()));
+    let stored = features.div_ceil(PADDED) * comptime!(PADDED / d.unit());
     let mut groups = 0usize.runtime();
     if comptime!(d.group_size > 0) {
         groups = features.div_ceil(comptime!(d.group_size));
     }
     Place {
-        words: index as usize * units * comptime!(d.words()) * columns,
+        words: index as usize * stored * comptime!(d.words()) * columns,
         scales: index as usize * groups * columns,
         table: index as usize * 256usize,
         features,
