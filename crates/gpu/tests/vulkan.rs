@@ -1,23 +1,15 @@
-//! The conformance suite on the Vulkan device of this machine, software or not. Without one a line `SKIPPED` is printed.
+//! Part of the conformance suite on the Vulkan device of this machine, software or not. Without one a line `SKIPPED` is printed.
 #![cfg(feature = "vulkan")]
 
 use std::io::Write;
 
 use marlin_conformance::{Family, VerifyOptions, verify};
 
-/// The families that GPUs have so far.
-const FAMILIES: [Family; 7] = [
-    Family::Device,
-    Family::Norm,
-    Family::Rope,
-    Family::Attention,
-    Family::Hadamard,
-    Family::Sampling,
-    Family::Convert,
-];
+/// The families whose kernels software Vulkan compiles and runs in seconds; `marlin verify --device vulkan` runs all.
+const FAMILIES: [Family; 5] = [Family::Device, Family::Norm, Family::Rope, Family::Hadamard, Family::Convert];
 
 #[test]
-fn every_operation_equals_the_oracle() {
+fn operations_equal_the_oracle() {
     let gpu = match marlin_gpu::vulkan(None) {
         Ok(gpu) => gpu,
         Err(error) => {
