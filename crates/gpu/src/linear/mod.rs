@@ -9,6 +9,8 @@ mod matrix;
 mod operands;
 mod row_factors;
 mod select;
+mod split_k;
+mod stream_k;
 #[cfg(all(test, feature = "vulkan"))]
 mod tests;
 mod tile;
@@ -33,6 +35,20 @@ pub enum LinearKernel {
     Gemv(Gemv),
     /// Tiles in shared memory, one cube each.
     Matrix(Tile),
+    /// As [`LinearKernel::Matrix`] with K in 1 to 64 slices, added by a second kernel.
+    SplitK {
+        /// Shape.
+        tile: Tile,
+        /// Slices of K.
+        splits: usize,
+    },
+    /// Equal shares of all tiles and steps of K; tiles that workers share are added by a second kernel.
+    StreamK {
+        /// Shape.
+        tile: Tile,
+        /// Cubes of the first kernel.
+        workers: usize,
+    },
 }
 
 impl<R: Runtime> Gpu<R> {
@@ -73,6 +89,8 @@ impl<R: Runtime> Gpu<R> {
         match kernel {
             LinearKernel::Gemv(shape) => gemv::launch(self, shape, product),
             LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, factors),
+            LinearKernel::SplitK { tile, splits } => split_k::launch(self, tile, splits, product, factors),
+            LinearKernel::StreamK { tile, workers } => stream_k::launch(self, tile, workers, product, factors),
         }
     }
 

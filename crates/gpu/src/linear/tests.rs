@@ -27,7 +27,7 @@ fn weight(format: Option<Format>, n: usize, k: usize, seed: u32) -> Weight {
             Weight::quantized(QuantizedMatrix::encode(scheme, &values, n, k).unwrap()).unwrap()
         }
     }
-    .with_bias(values[..n].to_vec())
+    .with_bias(self::values(n, seed + 1))
     .unwrap()
 }
 
@@ -74,7 +74,11 @@ fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
 /// The specification's bound: LIN32, or ACC16(K).
 fn bound(kernel: LinearKernel, k: usize) -> f64 {
     match kernel {
-        LinearKernel::Matrix(tile) if tile.accumulate == Accumulate::F16 => (k as f64 / 6.0).sqrt() / 2048.0 + 6e-4,
+        LinearKernel::Matrix(tile) | LinearKernel::SplitK { tile, .. } | LinearKernel::StreamK { tile, .. }
+            if tile.accumulate == Accumulate::F16 =>
+        {
+            (k as f64 / 6.0).sqrt() / 2048.0 + 6e-4
+        }
         _ => 1e-5,
     }
 }
@@ -99,15 +103,6 @@ fn gated_agrees(gpu: &Vulkan, kernel: LinearKernel, shape: Shape, format: Option
     assert!(error <= factor * bound(kernel, shape.2), "{what}: {error:e}");
 }
 
-/// The device; without one the line `SKIPPED`.
-fn device() -> Option<Vulkan> {
-    let gpu = crate::vulkan(None);
-    if let Err(error) = &gpu {
-        eprintln!("SKIPPED: linear kernels on Vulkan, because {error}");
-    }
-    gpu.ok()
-}
-
 const FP4: Option<Format> = Some(Format::Fp4E2m1);
 
 fn tile(m: usize, n: usize, k: usize, units: usize, stages: usize, accumulate: Accumulate) -> Tile {
@@ -116,7 +111,7 @@ fn tile(m: usize, n: usize, k: usize, units: usize, stages: usize, accumulate: A
 
 #[test]
 fn few_rows() {
-    let Some(gpu) = device() else { return };
+    let gpu = crate::vulkan(None).unwrap();
     for (columns, lanes_n, lanes_k) in [(1, 128, 1), (2, 128, 1), (4, 128, 1), (4, 8, 32)] {
         let kernel = LinearKernel::Gemv(Gemv { rows: 1, columns, lanes_n, lanes_k });
         for n in [8, 65] {
@@ -129,8 +124,52 @@ fn few_rows() {
 }
 
 #[test]
+fn tiles() {
+    let gpu = crate::vulkan(None).unwrap();
+    use Accumulate::{F16, F32};
+    for tile in [
+        tile(64, 64, 32, 128, 1, F32),
+        tile(64, 64, 32, 128, 2, F32),
+        tile(64, 64, 32, 128, 3, F16),
+        tile(16, 128, 32, 128, 1, F32),
+        tile(32, 32, 16, 128, 4, F16),
+        tile(128, 64, 16, 128, 2, F16),
+        tile(8, 64, 32, 128, 2, F32),
+    ] {
+        agrees(&gpu, LinearKernel::Matrix(tile), (70, 130, 200), FP4);
+    }
+    agrees(&gpu, LinearKernel::Matrix(tile(64, 64, 32, 128, 2, F32)), (3, 5, 7), None);
+    gated_agrees(&gpu, LinearKernel::Matrix(tile(8, 64, 32, 128, 2, F32)), (9, 65, 100), FP4);
+}
+
+#[test]
+fn slices_of_k() {
+    let gpu = crate::vulkan(None).unwrap();
+    let tile = tile(32, 32, 32, 128, 1, Accumulate::F32);
+    for splits in [1, 2, 3, 8, 16] {
+        // 7 steps: some slices are empty.
+        agrees(&gpu, LinearKernel::SplitK { tile, splits }, (5, 70, 200), FP4);
+    }
+    agrees(&gpu, LinearKernel::SplitK { tile, splits: 4 }, (5, 33, 0), None);
+    gated_agrees(&gpu, LinearKernel::SplitK { tile, splits: 3 }, (33, 40, 200), None);
+}
+
+#[test]
+fn streams() {
+    let gpu = crate::vulkan(None).unwrap();
+    let tile = tile(32, 32, 32, 128, 1, Accumulate::F32);
+    for workers in [1, 2, 7, 40, 160] {
+        // 6 tiles of 7 steps.
+        agrees(&gpu, LinearKernel::StreamK { tile, workers }, (40, 70, 200), FP4);
+        agrees(&gpu, LinearKernel::StreamK { tile, workers }, (5, 20, 200), FP4);
+    }
+    agrees(&gpu, LinearKernel::StreamK { tile, workers: 4 }, (5, 33, 0), None);
+    gated_agrees(&gpu, LinearKernel::StreamK { tile, workers: 5 }, (33, 40, 200), None);
+}
+
+#[test]
 fn limits_are_named() {
-    let Some(gpu) = device() else { return };
+    let gpu = crate::vulkan(None).unwrap();
     let refused = |kernel, words: &str| {
         let outcome = layer(&gpu, (5, 64, 64), FP4, |d, args| d.linear_with(kernel, args));
         match outcome {
@@ -143,5 +182,7 @@ fn limits_are_named() {
     refused(LinearKernel::Matrix(tile(64, 64, 12, 128, 1, f32)), "multiple of 8");
     refused(LinearKernel::Matrix(tile(64, 64, 32, 100, 1, f32)), "on 100 units");
     refused(LinearKernel::Matrix(tile(64, 64, 32, 128, 5, f32)), "5 stages");
+    refused(LinearKernel::SplitK { tile: tile(32, 32, 32, 128, 1, f32), splits: 0 }, "0 slices");
+    refused(LinearKernel::StreamK { tile: tile(32, 32, 32, 128, 1, f32), workers: 0 }, "0 workers");
     refused(LinearKernel::Gemv(Gemv { rows: 1, columns: 3, lanes_n: 32, lanes_k: 8 }), "3 columns");
 }

@@ -163,94 +163,65 @@ pub(super) fn multiply<X: Numeric, G: Numeric, S: Numeric, A: Float>(
     let ahead = comptime!(c.tile.stages - 1);
     #[unroll]
     for i in 0..ahead {
-        if first + i < last {
-            load::<X, G, S, A>(
-                x,
-                gamma,
-                row_factors,
-                words,
-                scales,
-                zeros,
-                table,
-                up_words,
-                up_scales,
-                up_zeros,
-                up_table,
-                x_tile,
-                w_tile,
-                i,
-                m0,
-                n0,
-                first + i,
-                m,
-                n,
-                k,
-                group,
-                gamma_offset,
-                c,
-            );
-        }
+        load::<X, G, S, A>(
+            x,
+            gamma,
+            row_factors,
+            words,
+            scales,
+            zeros,
+            table,
+            up_words,
+            up_scales,
+            up_zeros,
+            up_table,
+            x_tile,
+            w_tile,
+            i,
+            m0,
+            n0,
+            first + i,
+            m,
+            n,
+            k,
+            group,
+            gamma_offset,
+            c,
+        );
     }
     if comptime!(ahead > 0) {
         sync_cube();
     }
     for step in first..last {
+        // The last loads lie beyond `last` and are not multiplied; without them software Vulkan cannot compile the loop.
         let next = step + ahead;
         let stage = (next - first) % comptime!(c.tile.stages);
-        if comptime!(ahead > 0) {
-            if next < last {
-                load::<X, G, S, A>(
-                    x,
-                    gamma,
-                    row_factors,
-                    words,
-                    scales,
-                    zeros,
-                    table,
-                    up_words,
-                    up_scales,
-                    up_zeros,
-                    up_table,
-                    x_tile,
-                    w_tile,
-                    stage,
-                    m0,
-                    n0,
-                    next,
-                    m,
-                    n,
-                    k,
-                    group,
-                    gamma_offset,
-                    c,
-                );
-            }
-        } else {
-            load::<X, G, S, A>(
-                x,
-                gamma,
-                row_factors,
-                words,
-                scales,
-                zeros,
-                table,
-                up_words,
-                up_scales,
-                up_zeros,
-                up_table,
-                x_tile,
-                w_tile,
-                stage,
-                m0,
-                n0,
-                next,
-                m,
-                n,
-                k,
-                group,
-                gamma_offset,
-                c,
-            );
+        load::<X, G, S, A>(
+            x,
+            gamma,
+            row_factors,
+            words,
+            scales,
+            zeros,
+            table,
+            up_words,
+            up_scales,
+            up_zeros,
+            up_table,
+            x_tile,
+            w_tile,
+            stage,
+            m0,
+            n0,
+            next,
+            m,
+            n,
+            k,
+            group,
+            gamma_offset,
+            c,
+        );
+        if comptime!(ahead == 0) {
             sync_cube();
         }
         add_tile::<A>(x_tile, w_tile, sums, (step - first) % comptime!(c.tile.stages), c);
