@@ -53,7 +53,7 @@ pub(crate) fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
         Activation::Silu => x_sigmoid(x, x, f32::new(0.0)),
         Activation::GeluErf => gelu_erf(x),
         Activation::GeluTanh => gelu_tanh(x),
-        Activation::GeluQuick => x_sigmoid(x, 1.702f32 * x, f32::new(0.0)),
+        Activation::GeluQuick => gelu_quick(x),
         Activation::Sigmoid => 1.0f32 / (1.0f32 + exp(-x)),
     }
 }
@@ -106,6 +106,16 @@ fn gelu_erf(x: f32) -> f32 {
     let beyond = select(x < 0.0f32, tail, 1.0f32 - tail);
     let phi = select(size < 0.75f32, 0.5f32 + x * odd, beyond);
     select(x < -20.0f32, f32::new(-0.0), x * phi)
+}
+
+/// `x / (1 + e^(-1.702 x))`, the product in two parts: its error is relative to the result.
+#[cube]
+fn gelu_quick(x: f32) -> f32 {
+    // Beyond, e^(1.702 x) is 0 or infinite.
+    let size = clamp_to(x, -128.0f32, 128.0f32);
+    let high = upper_half(size);
+    // 1.702 in two parts.
+    x_sigmoid(x, 1.701_660_2f32 * high, 1.701_660_2f32 * (size - high) + 3.398_438e-4f32 * size)
 }
 
 /// `x / (1 + e^-t)`, `t = 1.5957691216 x (1 + 0.044715 x^2)` in two parts: an error of t is relative to the result.

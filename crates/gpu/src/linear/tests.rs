@@ -139,7 +139,7 @@ fn tiles() {
         agrees(&gpu, LinearKernel::Matrix(tile), (70, 130, 200), FP4);
     }
     agrees(&gpu, LinearKernel::Matrix(tile(64, 64, 32, 128, 2, F32)), (3, 5, 7), None);
-    gated_agrees(&gpu, LinearKernel::Matrix(tile(8, 64, 32, 128, 2, F32)), (9, 65, 100), FP4);
+    gated_agrees(&gpu, LinearKernel::Matrix(tile(8, 64, 16, 128, 2, F32)), (9, 65, 100), FP4);
 }
 
 #[test]
