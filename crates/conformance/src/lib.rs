@@ -110,6 +110,8 @@ pub struct VerifyOptions {
     pub int8_activations: bool,
     /// Name of the device in the report; the backend's own when empty.
     pub device: String,
+    /// Run only cases whose configuration contains this.
+    pub containing: String,
 }
 
 /// Runs every case of the chosen families on `backend` and judges it. A case that fails, returns an error or panics is
@@ -117,6 +119,7 @@ pub struct VerifyOptions {
 pub fn verify<B: Backend>(backend: &B, options: &VerifyOptions) -> Report {
     let oracle = if options.int8_activations { Oracle::with_int8_activations() } else { Oracle::new() };
     let mut runner = Runner::new(backend, oracle, options.int8_activations);
+    runner.only_containing(&options.containing);
     run_families(&mut runner, options.families.as_deref().unwrap_or(&Family::ALL));
     let device = match options.device.as_str() {
         "" => backend.name(),

@@ -8,7 +8,7 @@ use marlin_ops::linear::{
 use marlin_ops::{Backend, Linear, Result, Tensor, Weight, WeightData};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, ids, poison};
+use crate::input::{Output, floats, floats_as, ids, poison, poison_as};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
 use crate::weight::{DENSE, Scales, Storage, all_codes, group_sizes, random_weight};
@@ -60,6 +60,7 @@ fn special_values(activation: Activation) -> Vec<f32> {
     values
 }
 
+#[derive(Clone, Copy)]
 struct LinearCase {
     m: usize,
     k: usize,
@@ -73,6 +74,8 @@ struct LinearCase {
     out_scale: f32,
     residual: Add,
     input: Input,
+    /// Of x, and of the output and the residual.
+    dtypes: (DType, DType),
     /// Columns of x and out that a bad case claims.
     x_columns: Option<usize>,
     out_columns: Option<usize>,
@@ -90,6 +93,7 @@ const LINEAR: LinearCase = LinearCase {
     out_scale: 1.0,
     residual: Add::Nothing,
     input: Input::Normal,
+    dtypes: (DType::F32, DType::F32),
     x_columns: None,
     out_columns: None,
 };
@@ -195,21 +199,26 @@ impl Case for LinearCase {
         if self.residual != Add::Nothing {
             text += &format!(" residual={:?}", self.residual);
         }
+        let (input, output) = self.dtypes;
+        if self.dtypes != LINEAR.dtypes {
+            text += &format!(" {}->{}", input.name().to_lowercase(), output.name().to_lowercase());
+        }
         text
     }
 
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
         let random = &mut Random::of(&self.configuration());
+        let (input, output) = self.dtypes;
         let weight = Linear::new(b, self.weight(random)?)?;
         let mut x = self.x(random);
         let x_dims = [self.m, self.x_columns.unwrap_or(self.k)];
         x.resize(x_dims[0] * x_dims[1], 0.0);
-        let x = floats(b, &x_dims, &x)?;
+        let x = floats_as(b, input, &x_dims, &x)?;
         let dims = [self.m, self.out_columns.unwrap_or(self.n)];
-        let residual = floats(b, &dims, &random.normals(dims[0] * dims[1]))?;
+        let residual = floats_as(b, output, &dims, &random.normals(dims[0] * dims[1]))?;
         let mut out = match self.residual {
-            Add::InPlace => floats(b, &dims, &random.normals(dims[0] * dims[1]))?,
-            Add::Nothing | Add::Tensor => poison(b, &dims)?,
+            Add::InPlace => floats_as(b, output, &dims, &random.normals(dims[0] * dims[1]))?,
+            Add::Nothing | Add::Tensor => poison_as(b, output, &dims)?,
         };
         b.linear(LinearArgs {
             x: &x,
@@ -246,8 +255,14 @@ impl Case for LinearCase {
                 f64::from(self.out_scale).abs() * output
             })
             .collect();
-        let elements = Tolerance::Elements { ulps: 1.0, relative: 2.0 * U32, absolute };
-        vec![Tolerance::All(vec![by_rows(self.m, self.n, tolerance::LINEAR), elements])]
+        // Rounding twice, to f32 and to the stored type, may end one ulp away.
+        let (ulps, relative, bound) = match self.dtypes.1 {
+            DType::F16 => (0.0, tolerance::relative_ulp(DType::F16), tolerance::LINEAR_F16),
+            DType::BF16 => (0.0, tolerance::relative_ulp(DType::BF16), tolerance::LINEAR_BF16),
+            _ => (1.0, 2.0 * U32, tolerance::LINEAR),
+        };
+        let elements = Tolerance::Elements { ulps, relative, absolute };
+        vec![Tolerance::All(vec![by_rows(self.m, self.n, bound), elements])]
     }
 }
 
@@ -576,6 +591,9 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     linear_shapes(runner);
     linear_weights(runner);
     linear_epilogues(runner);
+    for dtype in runner.half_dtypes() {
+        linear_halves(runner, dtype);
+    }
     gated_up(runner);
     projections(runner);
     for storage in storages(0).into_iter().chain(storages(1)) {
@@ -651,6 +669,44 @@ fn linear_epilogues<B: Backend>(runner: &mut Runner<'_, B>) {
         for storage in storages(2) {
             runner.check(&LinearCase { storage, out_scale, residual, ..LINEAR });
         }
+    }
+}
+
+/// Activations of a 16-bit type, in the shapes that tensor cores take and just beside them.
+fn linear_halves<B: Backend>(runner: &mut Runner<'_, B>, dtype: DType) {
+    const FORMATS: [Format; 3] = [Format::Int4S4, Format::Int4U4, Format::Fp4E2m1];
+    let case = LinearCase { k: 256, n: 64, dtypes: (dtype, dtype), ..LINEAR };
+    for m in (1..=17).chain([63, 64, 65, 512, 515]) {
+        runner.check(&LinearCase { m, storage: Storage::Quantized(Format::Int4S4, 32), ..case });
+    }
+    for format in FORMATS {
+        let storage = |group_size| Storage::Quantized(format, group_size);
+        // One-hot rows: every code of every column by itself.
+        runner.check(&LinearCase { m: 128, k: 128, storage: storage(64), input: Input::OneHot, ..case });
+        for m in [1, 12, 20, 130] {
+            for group_size in [32, 64, 128, 384] {
+                runner.check(&LinearCase { m, k: 384, n: 96, storage: storage(group_size), ..case });
+            }
+            for scales in [Scales::SomeZero, Scales::Large, Scales::Tiny] {
+                let dtypes = (dtype, DType::F32);
+                runner.check(&LinearCase { m, storage: storage(32), scales, dtypes, ..case });
+            }
+            runner.check(&LinearCase { m, k: 2048, n: 32, storage: storage(128), dtypes: (dtype, DType::F32), ..case });
+            runner.check(&LinearCase { m, k: 224, n: 33, storage: storage(32), ..case });
+        }
+    }
+    let storage = Storage::Quantized(Format::Int4S4, 64);
+    for m in [1, 9, 40, 70] {
+        for (out_scale, residual) in [(1.0, Add::Nothing), (0.7, Add::Tensor), (-2.5, Add::InPlace)] {
+            let (bias, activation) = (true, Activation::Silu);
+            runner.check(&LinearCase { m, storage, bias, activation, out_scale, residual, ..case });
+        }
+        // NaN in, NaN out, and no other row is touched.
+        runner.check(&LinearCase { m: m + 1, storage, input: Input::One(f32::NAN), ..case });
+    }
+    runner.check(&LinearCase { m: 20, k: 2048, storage, residual: Add::Tensor, ..case });
+    for storage in storages(0) {
+        runner.check(&LinearCase { m: 5, k: 256, n: 64, storage, dtypes: (dtype, dtype), ..LINEAR });
     }
 }
 

@@ -13,6 +13,11 @@ pub const U32: f64 = 1.0 / 16_777_216.0;
 /// LIN32: f32 linear layers, relF.
 pub const LINEAR: f64 = 1e-5;
 
+/// LIN16 and LINB16: linear layers with f16 and bf16 outputs, relF.
+pub const LINEAR_F16: f64 = 6e-4;
+/// See [`LINEAR_F16`].
+pub const LINEAR_BF16: f64 = 5e-3;
+
 /// gated_mlp with f16 rounding of the hidden vector, relF: also the bound for two linear layers in a row whose
 /// activations are rounded to int8, where a hidden value within f32 rounding of a tie takes the neighbouring code.
 pub const GATED_MLP_ROUNDED: f64 = 8e-4;

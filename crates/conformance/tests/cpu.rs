@@ -21,7 +21,7 @@ fn passes(isa: Isa, exact: bool) {
     };
     assert_eq!(cpu.isa(), isa);
     let device = format!("cpu {isa:?}");
-    let report = verify(&cpu, &VerifyOptions { int8_activations: !exact, device, families: None });
+    let report = verify(&cpu, &VerifyOptions { int8_activations: !exact, device, ..VerifyOptions::default() });
     let failures: Vec<_> = report.failures().collect();
     println!("{isa:?}, exact {exact}: {} passed, {} failed", report.passed, report.failed);
     assert!(failures.is_empty(), "{} failures: {failures:#?}", failures.len());

@@ -1,12 +1,20 @@
-//! `cargo run --release -p marlin-gpu --features vulkan --example verify [FAMILY ...]`: the conformance suite on one
-//! device, failures in full.
+//! `cargo run --release -p marlin-gpu --features vulkan --example verify [FAMILY ...] [--containing TEXT]`: the conformance
+//! suite on one device, or its cases whose configuration contains a text; failures in full.
 
 use marlin_conformance::{Family, VerifyOptions, verify};
 
 fn main() {
-    let families: Vec<Family> = std::env::args().skip(1).map(|name| name.parse().expect("a family")).collect();
+    let mut families: Vec<Family> = Vec::new();
+    let mut containing = String::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--containing" => containing = arguments.next().expect("--containing TEXT"),
+            name => families.push(name.parse().expect("a family")),
+        }
+    }
     let families = (!families.is_empty()).then_some(families);
-    let options = VerifyOptions { families, ..VerifyOptions::default() };
+    let options = VerifyOptions { families, containing, ..VerifyOptions::default() };
     #[cfg(feature = "cuda")]
     let report = verify(&marlin_gpu::cuda(None).expect("a CUDA device"), &options);
     #[cfg(all(feature = "vulkan", not(feature = "cuda")))]

@@ -41,7 +41,7 @@ mod weight;
 pub use attention::AttentionKernel;
 pub use buffer::Buffer;
 pub use device::Gpu;
-pub use linear::{Accumulate, Gemv, LinearKernel, Tile};
+pub use linear::{Accumulate, Gemv, LinearKernel, TensorRows, TensorTile, Tile};
 pub use moe::{ExpertKernel, ExpertStrategy};
 #[cfg(feature = "cuda")]
 pub use open::{Cuda, cuda};

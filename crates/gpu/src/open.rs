@@ -1,9 +1,7 @@
 //! Which devices there are, and opening one.
 
-#[cfg(any(feature = "vulkan", target_os = "macos"))]
-use marlin_ops::OpError;
 #[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
-use marlin_ops::Result;
+use marlin_ops::{OpError, Result};
 
 #[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
 use crate::Gpu;
@@ -39,17 +37,53 @@ pub type Cuda = Gpu<cubecl::cuda::CudaRuntime>;
 /// Opens the CUDA device with this index, or the first.
 ///
 /// # Errors
-/// A device error if there is no such device.
+/// A device error if there is no such device, no driver, or no CUDA toolkit to compile kernels with.
 #[cfg(feature = "cuda")]
 pub fn cuda(index: Option<usize>) -> Result<Cuda> {
     use cubecl::Runtime;
-    let device = cubecl::cuda::CudaDevice::new(index.unwrap_or(0));
+    let failure = |reason: String| OpError::Device { operation: "open", reason };
+    let found = cuda_devices().map_err(failure)?;
+    let index = index.unwrap_or(0);
+    if index >= found.len() {
+        let names: Vec<_> = found.iter().map(|info| format!("{}: {}", info.index, info.name)).collect();
+        let found = if names.is_empty() { "there is none".into() } else { format!("there are {}", names.join(", ")) };
+        return Err(failure(format!("CUDA device {index} is not available: {found}")));
+    }
+    // SAFETY: only looks whether the library can be loaded.
+    if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
+        return Err(failure("CUDA device found, but not NVRTC (libnvrtc), which compiles the kernels".into()));
+    }
+    if cubecl::cuda::install::cuda_path().is_none() {
+        return Err(failure("CUDA device found, but no toolkit headers: set CUDA_PATH".into()));
+    }
+    let device = cubecl::cuda::CudaDevice::new(index);
     Ok(Gpu::new(cubecl::cuda::CudaRuntime::client(&device), "cuda"))
+}
+
+/// The CUDA devices, or why they cannot be counted.
+#[cfg(feature = "cuda")]
+fn cuda_devices() -> std::result::Result<Vec<DeviceInfo>, String> {
+    use cudarc::driver::result;
+    // SAFETY: only looks whether the library can be loaded.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Err("no CUDA device is available: NVIDIA's driver (libcuda) is not installed".into());
+    }
+    let reason = |error: cudarc::driver::DriverError| format!("no CUDA device is available: {error}");
+    result::init().map_err(reason)?;
+    let count = result::device::get_count().map_err(reason)?;
+    let info = |index: i32| {
+        let name = result::device::get(index).and_then(result::device::get_name).map_err(reason)?;
+        Ok(DeviceInfo { kind: "cuda", index: index as usize, name, software: false })
+    };
+    (0..count).map(info).collect()
 }
 
 /// All devices of this build, the best first.
 pub fn devices() -> Vec<DeviceInfo> {
     let mut devices: Vec<DeviceInfo> = Vec::new();
+    // Without a driver there are none.
+    #[cfg(feature = "cuda")]
+    devices.extend(cuda_devices().unwrap_or_default());
     #[cfg(any(feature = "vulkan", target_os = "macos"))]
     devices.extend(adapters().into_iter().map(|(_, info)| info));
     devices.sort_by_key(|device| device.software);

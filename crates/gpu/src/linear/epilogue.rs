@@ -46,27 +46,60 @@ pub(super) fn finish<H: Numeric, O: Numeric>(
     out_scale: f32,
     #[comptime] e: Epilogue,
 ) {
+    let mut add = f32::new(0.0);
+    let mut up_add = f32::new(0.0);
+    let mut other = f32::new(0.0);
+    let mut previous = f32::new(0.0);
+    if (flags & flags::BIAS) != 0u32 {
+        add = bias[n];
+    }
+    if (flags & flags::UP_BIAS) != 0u32 {
+        up_add = up_bias[n];
+    }
+    if (flags & (flags::ADD | flags::MULTIPLY)) != 0u32 {
+        other = load::<H>(residual, at, e.residual);
+    }
+    if comptime!(e.in_place) {
+        previous = widen::<O>(out[at], e.out);
+    }
+    store::<O>(out, at, result(sum, up, add, up_add, other, previous, flags, out_scale, e), e.out);
+}
+
+/// What [`finish`] stores; values that are absent are not read.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn result(
+    sum: f32,
+    up: f32,
+    bias: f32,
+    up_bias: f32,
+    residual: f32,
+    previous: f32,
+    flags: u32,
+    out_scale: f32,
+    #[comptime] e: Epilogue,
+) -> f32 {
     let mut value = sum;
     if (flags & flags::BIAS) != 0u32 {
-        value += bias[n];
+        value += bias;
     }
     value = activate(value, e.activation);
     if comptime!(e.gated) {
         let mut factor = up;
         if (flags & flags::UP_BIAS) != 0u32 {
-            factor += up_bias[n];
+            factor += up_bias;
         }
         value *= factor;
     }
     value *= out_scale;
     if (flags & flags::ADD) != 0u32 {
-        value += load::<H>(residual, at, e.residual);
+        value += residual;
     }
     if comptime!(e.in_place) {
-        value += widen::<O>(out[at], e.out);
+        value += previous;
     }
     if (flags & flags::MULTIPLY) != 0u32 {
-        value *= load::<H>(residual, at, e.residual);
+        value *= residual;
     }
-    store::<O>(out, at, value, e.out);
+    value
 }

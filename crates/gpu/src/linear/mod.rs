@@ -11,6 +11,7 @@ mod row_factors;
 mod select;
 mod split_k;
 mod stream_k;
+mod tensor;
 #[cfg(all(test, feature = "vulkan"))]
 mod tests;
 mod tile;
@@ -26,6 +27,7 @@ use crate::{Buffer, Gpu};
 use embedding::EmbeddingConfig;
 pub use gemv::Gemv;
 use operands::{Combine, Product, grouping};
+pub use tensor::{TensorRows, TensorTile};
 pub use tile::{Accumulate, Tile};
 
 /// A kernel for products with weights, and its shape.
@@ -49,6 +51,11 @@ pub enum LinearKernel {
         /// Cubes of the first kernel.
         workers: usize,
     },
+    /// Tensor cores, weights straight from memory to their operands, for at most 16 rows. 16-bit activations and 4-bit
+    /// weights with f16 scales, N a multiple of 32, K of 128.
+    TensorRows(TensorRows),
+    /// As [`LinearKernel::TensorRows`] for any number of rows, which pass through shared memory.
+    TensorTile(TensorTile),
 }
 
 impl<R: Runtime> Gpu<R> {
@@ -91,6 +98,8 @@ impl<R: Runtime> Gpu<R> {
             LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, factors),
             LinearKernel::SplitK { tile, splits } => split_k::launch(self, tile, splits, product, factors),
             LinearKernel::StreamK { tile, workers } => stream_k::launch(self, tile, workers, product, factors),
+            LinearKernel::TensorRows(rows) => tensor::launch(self, tensor::Shape::Rows(rows), product),
+            LinearKernel::TensorTile(tile) => tensor::launch(self, tensor::Shape::Tile(tile), product),
         }
     }
 
@@ -215,7 +224,7 @@ impl<R: Runtime> LinearOps for Gpu<R> {
 impl LinearKernel {
     /// Whether the row factors of an input norm are found by a kernel before this one.
     fn reads_row_factors(self) -> bool {
-        !matches!(self, Self::Gemv(_))
+        matches!(self, Self::Matrix(_) | Self::SplitK { .. } | Self::StreamK { .. })
     }
 }
 

@@ -16,6 +16,9 @@ const CORES: usize = 32;
 
 /// The kernel for a product.
 pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> LinearKernel {
+    if let Some(kernel) = super::tensor::select(gpu, product) {
+        return kernel;
+    }
     let [m, n, _] = product.shape();
     if m <= FEW_ROWS {
         return LinearKernel::Gemv(few_rows(gpu, m, n, product.products()));

@@ -5,7 +5,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::DType;
-use marlin_ops::Result;
+use marlin_ops::{Result, Tensor};
 
 use super::epilogue::{Epilogue, finish};
 use super::operands::Product;
@@ -143,8 +143,8 @@ pub(super) fn launch<R: Runtime>(
     let count = super::grid(gpu, operation, [n.div_ceil(tile.n), m.div_ceil(tile.m), splits])?;
     let partials = gpu.scratch(operation, DType::F32, &[splits, config.products(), m, n])?;
     let (weight, up, (_, group)) = (product.weight, product.up_or_weight(), product.grouping());
-    let [x, g, s, h, o] = product.elements();
-    // SAFETY: every buffer holds what its shape says; the kernels compare rows, columns and features with M, N and K.
+    let [x, g, s, _, _] = product.elements();
+    // SAFETY: every buffer holds what its shape says; the kernel compares rows, columns and features with M, N and K.
     unsafe {
         split_k::launch_unchecked::<R>(
             gpu.client(),
@@ -171,23 +171,33 @@ pub(super) fn launch<R: Runtime>(
             config,
             [x, g, s, config.elem()],
         );
+    }
+    add_slices(gpu, product, &partials, splits);
+    Ok(())
+}
+
+/// Launches the kernel that adds partial sums `[slices, products, M, N]` and finishes the product.
+pub(super) fn add_slices<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partials: &Tensor<Gpu<R>>, slices: usize) {
+    let [m, n, _] = product.shape();
+    let [_, _, _, h, o] = product.elements();
+    // SAFETY: every buffer holds what its shape says; the kernel compares its position with M N.
+    unsafe {
         reduce_slices::launch_unchecked::<R>(
             gpu.client(),
             cubes_for(m * n),
             units(),
             partials.buffer().arg(partials.elements()),
-            weight.bias_arg(gpu),
-            up.bias_arg(gpu),
+            product.weight.bias_arg(gpu),
+            product.up_or_weight().bias_arg(gpu),
             product.residual_arg(gpu),
             product.out_arg(),
             (m * n) as u32,
             n as u32,
-            splits as u32,
+            slices as u32,
             product.flags(),
             product.out_scale,
             product.epilogue(),
             [h, o],
         );
     }
-    Ok(())
 }

@@ -1,0 +1,231 @@
+//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE]`: how fast the kernels are on the
+//! first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are rotated beyond the
+//! device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
+
+mod measure;
+
+use std::cell::RefCell;
+use std::fmt::Write;
+
+use anyhow::{Context, Result, bail};
+use marlin_formats::{DType, Format};
+use marlin_gpu::Cuda;
+use marlin_ops::attention::{AttentionArgs, AttentionOps, EmptyRow, Window};
+use marlin_ops::linear::{Activation, LinearArgs, Residual};
+use marlin_ops::{Device, Linear, LinearOps, Tensor};
+use measure::{Bench, Random, rotation};
+
+/// N and K of an up and of a down projection of a model with 4096 hidden features.
+const SHAPES: [(usize, usize); 2] = [(14_336, 4096), (4096, 14_336)];
+
+/// How many times the rows of [`SHAPES`] the large products have.
+const LARGE: usize = 16;
+
+const FORMATS: [Format; 2] = [Format::Int4S4, Format::Fp4E2m1];
+
+const GROUP_SIZE: usize = 128;
+
+/// Rows of the matrix products.
+const ROWS: [usize; 4] = [16, 64, 512, 4096];
+
+/// Lengths of the context of attention.
+const CONTEXTS: [usize; 2] = [4096, 32_768];
+
+/// Query heads, heads of keys and values, and their size.
+const HEADS: [usize; 3] = [32, 8, 128];
+
+/// A figure of a product.
+struct Product {
+    format: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    seconds: f64,
+    /// Bytes of weights a second, and as a share of what a copy moves.
+    bytes_per_second: f64,
+    copy_share: f64,
+    flops_per_second: f64,
+}
+
+/// A figure of attention in bf16.
+struct Attention {
+    queries: usize,
+    context: usize,
+    seconds: f64,
+    /// Bytes of keys and values a second.
+    bytes_per_second: f64,
+    /// Of the visible scores and values.
+    flops_per_second: f64,
+}
+
+/// Everything that was measured.
+struct Report {
+    device: String,
+    copy: f64,
+    launch: f64,
+    graph_launch: f64,
+    products: Vec<Product>,
+    attention: Vec<Attention>,
+}
+
+fn main() -> Result<()> {
+    let mut json = None;
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--json" => json = Some(arguments.next().context("--json needs a file")?),
+            other => bail!("unknown argument {other}; known: --json FILE"),
+        }
+    }
+    let report = run()?;
+    print!("{}", report.table());
+    if let Some(file) = json {
+        std::fs::write(&file, report.json()).with_context(|| format!("writing {file}"))?;
+    }
+    Ok(())
+}
+
+fn run() -> Result<Report> {
+    let device = marlin_gpu::devices().into_iter().find(|d| d.kind == "cuda").context("no CUDA device")?.name;
+    let bench = Bench::new()?;
+    let copy = bench.copy_rate()?;
+    let (launch, graph_launch) = bench.launch_seconds()?;
+    let (mut measured, mut attention) = (Vec::new(), Vec::new());
+    for format in FORMATS {
+        for (n, k) in SHAPES {
+            measured.extend(products(&bench, copy, format, n, k, &[1])?);
+            measured.extend(products(&bench, copy, format, LARGE * n, k, &[1])?);
+        }
+    }
+    for format in FORMATS {
+        for (n, k) in SHAPES {
+            measured.extend(products(&bench, copy, format, n, k, &ROWS)?);
+        }
+    }
+    for context in CONTEXTS {
+        for queries in [1, context] {
+            attention.push(attend(&bench, queries, context)?);
+        }
+    }
+    Ok(Report { device, copy, launch, graph_launch, products: measured, attention })
+}
+
+/// A linear layer of f16 activations for each number of rows.
+fn products(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: &[usize]) -> Result<Vec<Product>> {
+    let random = &mut Random(77);
+    let weight = random.weight(format, GROUP_SIZE, n, k)?;
+    let bytes = weight.size_in_bytes();
+    let upload = |_| -> Result<Linear<Cuda>> { Ok(Linear::new(&bench.gpu, weight.clone())?) };
+    let weights = (0..rotation(bytes)).map(upload).collect::<Result<Vec<_>>>()?;
+    let mut measured = Vec::new();
+    for &m in rows {
+        let x = bench.normals(DType::F16, &[m, k], random)?;
+        let out = RefCell::new(bench.gpu.zeros(DType::F16, &[m, n])?);
+        let seconds = bench.graph_seconds(2 * weights.len(), |i| {
+            Ok(bench.gpu.linear(LinearArgs {
+                x: &x,
+                weight: &weights[i % weights.len()],
+                activation: Activation::None,
+                out_scale: 1.0,
+                residual: Residual::None,
+                out: &mut out.borrow_mut(),
+            })?)
+        })?;
+        measured.push(Product {
+            format: format.name(),
+            m,
+            n,
+            k,
+            seconds,
+            bytes_per_second: bytes as f64 / seconds,
+            copy_share: bytes as f64 / seconds / copy,
+            flops_per_second: 2.0 * (m * n * k) as f64 / seconds,
+        });
+    }
+    Ok(measured)
+}
+
+/// The last `queries` positions of a context, causal.
+fn attend(bench: &Bench, queries: usize, context: usize) -> Result<Attention> {
+    let [heads, kv_heads, size] = HEADS;
+    let random = &mut Random(79);
+    let bytes = 4 * kv_heads * context * size;
+    let mut cache = || bench.normals(DType::BF16, &[1, kv_heads, context, size], random);
+    let mut pair = |_| -> Result<[Tensor<Cuda>; 2]> { Ok([cache()?, cache()?]) };
+    let caches = (0..rotation(bytes)).map(&mut pair).collect::<Result<Vec<_>>>()?;
+    let dims = [1, queries, heads, size];
+    let q = bench.normals(DType::BF16, &dims, random)?;
+    let out = RefCell::new(bench.gpu.zeros(DType::BF16, &dims)?);
+    let seconds = bench.repeat_seconds(|i| {
+        let [k, v] = &caches[i % caches.len()];
+        Ok(bench.gpu.attention(AttentionArgs {
+            q: &q,
+            k,
+            v,
+            kv_len: &[context],
+            scale: (size as f32).powf(-0.5),
+            causal: true,
+            window: Window::None,
+            softcap: None,
+            mask: None,
+            sinks: None,
+            empty_row: EmptyRow::Error,
+            out: &mut out.borrow_mut(),
+        })?)
+    })?;
+    let visible = queries * context - queries * (queries - 1) / 2;
+    let flops = 4.0 * (heads * size * visible) as f64;
+    let (bytes_per_second, flops_per_second) = (bytes as f64 / seconds, flops / seconds);
+    Ok(Attention { queries, context, seconds, bytes_per_second, flops_per_second })
+}
+
+impl Report {
+    fn table(&self) -> String {
+        let mut text = format!(
+            "{}\ncopy {:.0} GB/s, empty launch {:.2} us, in a graph {:.2} us\n\n",
+            self.device,
+            self.copy / 1e9,
+            self.launch * 1e6,
+            self.graph_launch * 1e6,
+        );
+        text += "| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|\n";
+        for p in &self.products {
+            let (us, rate, flops) = (p.seconds * 1e6, p.bytes_per_second / 1e9, p.flops_per_second / 1e12);
+            let (format, m, n, k, share) = (p.format, p.m, p.n, p.k, p.copy_share);
+            let _ = writeln!(text, "| {format} | {m} | {n} | {k} | {us:.2} | {rate:.0} | {share:.2} | {flops:.1} |");
+        }
+        text += "\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|\n";
+        for a in &self.attention {
+            let (us, rate, flops) = (a.seconds * 1e6, a.bytes_per_second / 1e9, a.flops_per_second / 1e12);
+            let _ = writeln!(text, "| {} | {} | {us:.2} | {rate:.0} | {flops:.1} |", a.queries, a.context);
+        }
+        text
+    }
+
+    fn json(&self) -> String {
+        let product = |p: &Product| {
+            format!(
+                "    {{\"format\": \"{}\", \"m\": {}, \"n\": {}, \"k\": {}, \"seconds\": {:e}, \
+                 \"bytes_per_second\": {:e}, \"copy_share\": {:.4}, \"flops_per_second\": {:e}}}",
+                p.format, p.m, p.n, p.k, p.seconds, p.bytes_per_second, p.copy_share, p.flops_per_second,
+            )
+        };
+        let attention = |a: &Attention| {
+            format!(
+                "    {{\"queries\": {}, \"context\": {}, \"seconds\": {:e}, \"bytes_per_second\": {:e}, \
+                 \"flops_per_second\": {:e}}}",
+                a.queries, a.context, a.seconds, a.bytes_per_second, a.flops_per_second,
+            )
+        };
+        format!(
+            "{{\n  \"device\": {:?},\n  \"copy_bytes_per_second\": {:e},\n  \"launch_seconds\": {:e},\n  \
+             \"graph_launch_seconds\": {:e},\n  \"products\": [\n{}\n  ],\n  \"attention\": [\n{}\n  ]\n}}\n",
+            self.device,
+            self.copy,
+            self.launch,
+            self.graph_launch,
+            self.products.iter().map(product).collect::<Vec<_>>().join(",\n"),
+            self.attention.iter().map(attention).collect::<Vec<_>>().join(",\n"),
+        )
+    }
+}

@@ -1,0 +1,191 @@
+//! Products of 16-bit activations and 4-bit weights on tensor cores whose fragments are known (`m16n8k16` of planes of 32),
+//! with f32 sums and the weights as they are stored. Codes enter the products exactly (their differences with zero points
+//! are rounded once) and groups are scaled in f32.
+
+mod fragment;
+mod rows;
+mod tile;
+
+use cubecl::ir::features::MmaConfig;
+use cubecl::ir::{ElemType, FloatKind};
+use cubecl::prelude::*;
+use marlin_formats::DType;
+use marlin_formats::pack::Layout;
+use marlin_ops::linear::Activation;
+use marlin_ops::{Result, Tensor};
+
+use super::epilogue::Epilogue;
+use super::operands::Product;
+use super::{LinearKernel, limit, split_k};
+use crate::Gpu;
+use crate::decode::{Codes, Decoder, Levels, Scale};
+use crate::element::Storage;
+use fragment::{Code, Operand};
+pub use rows::TensorRows;
+use rows::{BLOCK, MOST_ROWS};
+pub use tile::TensorTile;
+
+/// Input features of a step: four words of a column.
+const STEP: usize = 32;
+
+/// Shared memory that the compiler may take beside what a kernel asks for.
+const SHARED_BESIDE: usize = 4096;
+
+/// A kernel of this module.
+#[derive(Clone, Copy)]
+pub(super) enum Shape {
+    Rows(TensorRows),
+    Tile(TensorTile),
+}
+
+/// What the kernels must know of a product.
+#[derive(Clone, Copy)]
+struct Call {
+    code: Code,
+    operand: Operand,
+    /// Binary logarithm of the steps of a group; 31 if there is one group.
+    group_shift: u32,
+}
+
+/// Where a kernel writes, and how: the product's output, or the partial sums of slices of K.
+struct Target<'a, R: Runtime> {
+    product: &'a Product<'a, R>,
+    out: &'a Tensor<Gpu<R>>,
+    epilogue: Epilogue,
+    flags: u32,
+    out_scale: f32,
+}
+
+impl Call {
+    /// What stands against the kernels, if something does.
+    fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> std::result::Result<Self, &'static str> {
+        let operand = match product.x.dtype() {
+            DType::F16 => Operand::F16,
+            DType::BF16 => Operand::BF16,
+            _ => return Err("f32 activations on tensor cores"),
+        };
+        if !has_fragments(gpu, operand) {
+            return Err("m16n8k16 products of planes of 32 units");
+        }
+        let code =
+            code_of(product.weight.decoder).ok_or("weights on tensor cores but int4 and E2M1 with f16 scales")?;
+        if code == Code::Int4Zero && product.out.dtype() == DType::F32 {
+            return Err("zero points of f32 results on tensor cores, which round them");
+        }
+        if product.norm.is_some() || product.up.is_some() {
+            return Err("an input norm or a gated product on tensor cores");
+        }
+        let [_, n, k] = product.shape();
+        if k == 0 || !k.is_multiple_of(BLOCK) || !n.is_multiple_of(32) {
+            return Err("N that is no multiple of 32 or K that is none of 128 on tensor cores");
+        }
+        let group_size = product.weight.decoder.group_size;
+        let group_shift = match group_size / STEP {
+            _ if group_size >= k => 31,
+            steps if group_size.is_multiple_of(STEP) && steps.is_power_of_two() => steps.ilog2(),
+            _ => return Err("groups of other sizes than 32, 64, 128 ... on tensor cores"),
+        };
+        Ok(Self { code, operand, group_shift })
+    }
+}
+
+/// Whether the device multiplies such fragments.
+fn has_fragments<R: Runtime>(gpu: &Gpu<R>, operand: Operand) -> bool {
+    let properties = gpu.client().properties();
+    let float = match operand {
+        Operand::F16 => FloatKind::F16,
+        Operand::BF16 => FloatKind::BF16,
+    };
+    let (ab, cd) = (ElemType::Float(float).into(), ElemType::Float(FloatKind::F32).into());
+    let hardware = &properties.hardware;
+    let config = MmaConfig { a_type: ab, b_type: ab, cd_type: cd, m: 16, n: 8, k: 16 };
+    (hardware.plane_size_min, hardware.plane_size_max) == (32, 32) && properties.features.matmul.mma.contains(&config)
+}
+
+/// The code of a weight that the kernels read.
+fn code_of(decoder: Decoder) -> Option<Code> {
+    if decoder.codes != Codes::Packed(Layout::Bits4) || decoder.scale != Scale::F16 {
+        return None;
+    }
+    match (decoder.levels, decoder.zeros) {
+        (Levels::Minus { half: 16 }, false) => Some(Code::Int4),
+        (Levels::Minus { half: 0 }, true) => Some(Code::Int4Zero),
+        (Levels::Fp4, false) => Some(Code::Fp4),
+        _ => None,
+    }
+}
+
+/// Launches a kernel, and the one that adds slices of K.
+pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: Shape, product: &Product<'_, R>) -> Result<()> {
+    let operation = product.operation;
+    let call = Call::new(gpu, product).map_err(|what| limit(gpu, operation, what.into()))?;
+    let slices = match shape {
+        Shape::Rows(rows) => rows.slices,
+        Shape::Tile(tile) => tile.slices,
+    };
+    let run = |target: Target<'_, R>| match shape {
+        Shape::Rows(rows) => rows::launch(gpu, rows, &call, &target),
+        Shape::Tile(tile) => tile::launch(gpu, tile, &call, &target),
+    };
+    match slices {
+        1 => {
+            let (epilogue, flags, out_scale) = (product.epilogue(), product.flags(), product.out_scale);
+            run(Target { product, out: product.out, epilogue, flags, out_scale })
+        }
+        2..=64 => {
+            let [m, n, _] = product.shape();
+            let partials = gpu.scratch(operation, DType::F32, &[slices, 1, m, n])?;
+            let (activation, residual) = (Activation::None, product.epilogue().residual);
+            let epilogue = Epilogue { activation, gated: false, in_place: false, residual, out: Storage::F32 };
+            run(Target { product, out: &partials, epilogue, flags: 0, out_scale: 1.0 })?;
+            split_k::add_slices(gpu, product, &partials, slices);
+            Ok(())
+        }
+        _ => Err(limit(gpu, operation, format!("{slices} slices of K (1 to 64)"))),
+    }
+}
+
+/// The kernel for a product that suits, by what was measured on an H200.
+pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Option<LinearKernel> {
+    Call::new(gpu, product).ok()?;
+    let [m, n, k] = product.shape();
+    let cores = gpu.client().properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
+    Some(match m {
+        0..=MOST_ROWS => LinearKernel::TensorRows(few_rows(cores, m, n, k)),
+        _ => LinearKernel::TensorTile(tile(cores, m, n, k)),
+    })
+}
+
+/// About 4096 planes in all, and two tiles where rows of x are read as often as weights.
+fn few_rows(cores: usize, m: usize, n: usize, k: usize) -> TensorRows {
+    let wide = m > 8 && n.is_multiple_of(64) && n / 64 >= cores;
+    let tiles = if wide { 2 } else { 1 };
+    let cubes = n / (32 * tiles);
+    let planes = (32 * cores / cubes.max(1)).next_power_of_two().clamp(8, if m > 8 { 16 } else { 32 });
+    let planes = planes.min((k / BLOCK).next_power_of_two());
+    TensorRows { columns: 4, tiles, planes: if wide { 8 } else { planes }, prefetch: false, staged: false, slices: 1 }
+}
+
+/// Tall tiles while they fill the device, otherwise lower ones or slices of K.
+fn tile(cores: usize, m: usize, n: usize, k: usize) -> TensorTile {
+    let fits = |planes: &usize| n.is_multiple_of(32 * planes);
+    let planes_n = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
+    let cubes = |tile: TensorTile| m.div_ceil(tile.rows()) * n / tile.columns();
+    if m <= 64 {
+        let row_blocks = if m <= 32 { 4 } else { 8 };
+        let planes_n = planes_n.min(4);
+        let tile = TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps: 4, rescale: true, slices: 1 };
+        return TensorTile { slices: slices(cores, cubes(tile), k), ..tile };
+    }
+    let tile = TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps: 2, rescale: true, slices: 1 };
+    if cubes(tile) >= cores {
+        return tile;
+    }
+    let tile = TensorTile { row_blocks: 8, ..tile };
+    TensorTile { slices: slices(cores, cubes(tile), k), ..tile }
+}
+
+/// Slices of K that give every core a cube, of at least 8 stages of 128 features each.
+fn slices(cores: usize, cubes: usize, k: usize) -> usize {
+    (cores / cubes.max(1)).clamp(1, (k / (8 * BLOCK)).clamp(1, 8))
+}
