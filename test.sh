@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite: formatting, lints, every test, the unsafe code under AddressSanitizer. Needs only a Rust toolchain
 # with rustfmt and clippy; as root on Debian it installs a cross compiler and an emulator for the NEON code, and a
-# software Vulkan device for the GPU code.
+# software Vulkan device and clang for the GPU code.
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -73,7 +73,7 @@ done <"$here/shim_test.txt"
 export here
 export -f parse
 refused=$(find "$folder" -maxdepth 1 -name '*.metal' -print0 | sort -z |
-    xargs -0 -n 1 -P "$(nproc)" bash -c 'parse "$0" >"$0.log" 2>&1 && rm "$0.log" || echo "$0"')
+    xargs -0 -n 1 -P "$(getconf _NPROCESSORS_ONLN)" bash -c 'parse "$0" >"$0.log" 2>&1 && rm "$0.log" || echo "$0"')
 if [ -n "$refused" ]; then
     for kernel in $refused; do
         grep -m 3 -A 2 -E 'error:' "$kernel.log" || head -5 "$kernel.log"

@@ -1,9 +1,9 @@
 //! `cargo run --release -p marlin-gpu --features vulkan --example verify [FAMILY ...] [--containing TEXT]`: the conformance
 //! suite on one device, or its cases whose configuration contains a text; failures in full.
 
-use marlin_conformance::{Family, VerifyOptions, verify};
-
+#[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
 fn main() {
+    use marlin_conformance::{Family, VerifyOptions, verify};
     let mut families: Vec<Family> = Vec::new();
     let mut containing = String::new();
     let mut arguments = std::env::args().skip(1);
@@ -19,8 +19,15 @@ fn main() {
     let report = verify(&marlin_gpu::cuda(None).expect("a CUDA device"), &options);
     #[cfg(all(feature = "vulkan", not(feature = "cuda")))]
     let report = verify(&marlin_gpu::vulkan(None).expect("a Vulkan device"), &options);
+    #[cfg(all(target_os = "macos", not(feature = "cuda")))]
+    let report = verify(&marlin_gpu::metal(None).expect("a Metal device"), &options);
     for failure in report.failures() {
         println!("{failure:?}");
     }
     println!("{}: {} passed, {} failed", report.device, report.passed, report.failed);
+}
+
+#[cfg(not(any(feature = "vulkan", feature = "cuda", target_os = "macos")))]
+fn main() {
+    panic!("this build has no device: give it the feature `vulkan` or `cuda`");
 }

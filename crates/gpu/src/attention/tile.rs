@@ -72,9 +72,11 @@ impl AttentionKernel {
         self.kv_tile + 4
     }
 
-    /// Bytes of shared memory.
+    /// Bytes of shared memory; the order of the slices is the compiler's, so each counts in multiples of the largest
+    /// alignment.
     pub(super) const fn shared_bytes(self) -> usize {
-        (self.q_tile + self.kv_tile) * self.pitch() * 16 + self.q_tile * (self.score_pitch() + 1) * 4
+        let (scores, factors) = (self.q_tile * self.score_pitch() * 4, self.q_tile * 4);
+        (self.q_tile + self.kv_tile) * self.pitch() * 16 + scores.next_multiple_of(16) + factors.next_multiple_of(16)
     }
 
     /// Why this is no kernel, if it is none.

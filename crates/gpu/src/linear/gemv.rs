@@ -90,9 +90,11 @@ impl GemvConfig {
         self.products() * self.shape.rows * self.shape.lanes_k * self.cube_columns()
     }
 
+    /// The order of the slices in memory is the compiler's, so each counts in multiples of the largest alignment.
     const fn shared_bytes(&self) -> usize {
         let squares = if self.input.gamma.is_some() { self.units() } else { 1 };
-        self.shape.rows * self.slots() * 16 + (self.handed_over() + squares) * 4
+        let (handed_over, squares) = (self.handed_over() * 4, squares * 4);
+        self.shape.rows * self.slots() * 16 + handed_over.next_multiple_of(16) + squares.next_multiple_of(16)
     }
 }
 

@@ -8,6 +8,8 @@ mod kernel;
 mod log;
 mod properties;
 mod server;
+#[cfg(test)]
+mod tests;
 mod text;
 mod write;
 
@@ -22,7 +24,7 @@ use cubecl::zspace::{Shape, Strides};
 use cubecl_cpp::MslCompiler;
 
 pub use kernel::{CompileError, MslKernel};
-pub use write::write_msl;
+pub use write::{WriteError, expect_new, write_msl};
 
 use crate::Gpu;
 use log::Log;
@@ -55,6 +57,18 @@ impl Recording {
     /// The kernels that did not compile, in the order of their first launch.
     pub fn errors(&self) -> Vec<CompileError> {
         self.log().state().errors.clone()
+    }
+
+    /// What Metal would refuse, as far as it shows without a Metal compiler: kernels that did not become text, and the
+    /// defects of those that did. Empty is good.
+    pub fn faults(&self) -> Vec<String> {
+        let errors = self.errors();
+        let errors = errors.iter().map(|error| format!("{} [{}]: {}", error.name, error.configuration, error.reason));
+        let kernels = self.kernels();
+        let defects = kernels
+            .iter()
+            .flat_map(|kernel| kernel.defects().into_iter().map(|defect| format!("{}: {defect}", kernel.file_stem())));
+        errors.chain(defects).collect()
     }
 
     /// How many launches there were.
