@@ -48,6 +48,8 @@ enum Command {
     Bench(commands::bench::BenchArgs),
     /// Compare every operation of a device with the f64 oracle
     Verify(commands::verify::VerifyArgs),
+    /// List the kernels of the original collection and what stands for them
+    Kernels(commands::kernels::KernelsArgs),
     /// List the devices of this machine
     Devices(commands::devices::DevicesArgs),
 }
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => commands::synth::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Verify(args) => commands::verify::run(args),
+        Command::Kernels(args) => commands::kernels::run(args),
         Command::Devices(args) => commands::devices::run(args),
     };
     match result {

@@ -1,4 +1,4 @@
-//! A model on the Vulkan device of this machine, software or not. Without one each test prints a line `SKIPPED`.
+//! A model and kernels on the Vulkan device of this machine, software or not. Without one each test prints a line `SKIPPED`.
 #![cfg(all(feature = "gpu", not(target_os = "macos")))]
 
 use std::io::Write;
@@ -39,4 +39,23 @@ fn greedy_tokens_equal_the_cpus() {
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// Some rows of the kernel audit; `test.sh` runs all.
+#[test]
+fn kernels_of_the_collection_pass() {
+    if device("the kernel audit on Vulkan").is_none() {
+        return;
+    }
+    for kernel in ["float_to_bf16_kernel", "softmax_fp16", "rope_qk_fused", "marlin_gemm_fp4_single_stage"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_marlin"));
+        command.args(["verify", "--device", "vulkan", "--kernel", kernel, "--json"]);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{kernel}: {}", String::from_utf8_lossy(&output.stdout));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let counts = ["passed", "failed"].map(|key| report[key].as_u64());
+        assert_eq!((&report["device"], counts), (&"vulkan".into(), [Some(1), Some(0)]), "{report}");
+        let row = &report["results"][0];
+        assert_eq!((&row["name"], &row["status"]), (&kernel.into(), &"passed".into()), "{report}");
+    }
 }

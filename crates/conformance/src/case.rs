@@ -146,7 +146,7 @@ impl<'a, B: Backend> Runner<'a, B> {
 const NOT_COMPUTED: Verdict = Verdict { max_error: f64::MAX, tolerance: 0.0 };
 
 /// The outputs, or what went wrong, panics included.
-fn guarded(run: impl FnOnce() -> Result<Vec<Output>>) -> std::result::Result<Vec<Output>, String> {
+pub(crate) fn guarded(run: impl FnOnce() -> Result<Vec<Output>>) -> std::result::Result<Vec<Output>, String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(outcome) => outcome.map_err(|error| error.to_string()),
         Err(panic) => Err(format!("panicked: {}", message(&*panic))),
@@ -162,7 +162,11 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 /// The worst verdict over all outputs.
-fn judge(found: &[Output], expected: &[Output], tolerances: &[Tolerance]) -> std::result::Result<Verdict, String> {
+pub(crate) fn judge(
+    found: &[Output],
+    expected: &[Output],
+    tolerances: &[Tolerance],
+) -> std::result::Result<Verdict, String> {
     assert_eq!(expected.len(), tolerances.len(), "one tolerance for each output of a case");
     let mut worst = Verdict::NOTHING;
     for ((found, expected), tolerance) in found.iter().zip(expected).zip(tolerances) {

@@ -26,7 +26,7 @@ struct ConvertCase {
 }
 
 /// f32 bit patterns: every exponent with mantissas at, below and above the ties of f16 and bf16.
-fn edges() -> Vec<u32> {
+pub(crate) fn edges() -> Vec<u32> {
     let mantissas = [
         0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x17FFF, 0x18000,
         0x18001, 0x40_0000, 0x7F_EFFF, 0x7F_F000, 0x7F_7FFF, 0x7F_8000, 0x7F_FFFF,

@@ -7,6 +7,7 @@
 
 mod attention;
 mod attention_paged;
+pub mod audit;
 mod case;
 mod convert;
 mod dequantize;

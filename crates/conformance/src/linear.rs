@@ -140,7 +140,7 @@ impl LinearCase {
 }
 
 /// `sum_k |x w| + |bias|` for every row and output.
-fn magnitudes(weight: &Weight, x: &[f32]) -> Result<Vec<f64>> {
+pub(crate) fn magnitudes(weight: &Weight, x: &[f32]) -> Result<Vec<f64>> {
     let (k, n) = (weight.in_features(), weight.out_features());
     let w = weight.to_f32()?;
     let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);
@@ -155,7 +155,7 @@ fn magnitudes(weight: &Weight, x: &[f32]) -> Result<Vec<f64>> {
 }
 
 /// Largest slope of an activation where its argument is at most `size`.
-fn slope(activation: Activation, size: f64) -> f64 {
+pub(crate) fn slope(activation: Activation, size: f64) -> f64 {
     match activation {
         Activation::Relu2 => 2.0 * size,
         _ => 1.2,
@@ -168,7 +168,7 @@ fn transcendental(activation: Activation) -> bool {
 }
 
 /// relF by rows of N outputs, or over all rows where N is too small to average cancellation out.
-fn by_rows(m: usize, n: usize, bound: f64) -> Tolerance {
+pub(crate) fn by_rows(m: usize, n: usize, bound: f64) -> Tolerance {
     let block = if n >= 16 { n } else { m * n };
     Tolerance::Blocks { block, bound }
 }

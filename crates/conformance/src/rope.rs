@@ -12,8 +12,8 @@ use crate::tolerance::{self, Tolerance, U32};
 /// Positions in every table.
 const POSITIONS: usize = 4100;
 
-const DEFAULT: RopeScaling = RopeScaling::Default;
-const YARN: RopeScaling = RopeScaling::Yarn {
+pub(crate) const DEFAULT: RopeScaling = RopeScaling::Default;
+pub(crate) const YARN: RopeScaling = RopeScaling::Yarn {
     factor: 40.0,
     original_max_position: 4096.0,
     beta_fast: 32.0,
@@ -26,7 +26,7 @@ const YARN: RopeScaling = RopeScaling::Yarn {
 const LLAMA3: RopeScaling =
     RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192.0 };
 
-fn scaling_name(scaling: RopeScaling) -> &'static str {
+pub(crate) fn scaling_name(scaling: RopeScaling) -> &'static str {
     match scaling {
         RopeScaling::Default => "default",
         RopeScaling::Linear { .. } => "linear",
@@ -35,13 +35,13 @@ fn scaling_name(scaling: RopeScaling) -> &'static str {
     }
 }
 
-fn table<B: Backend>(b: &B, d: usize, scaling: RopeScaling) -> Result<RopeTable<B>> {
+pub(crate) fn table<B: Backend>(b: &B, d: usize, scaling: RopeScaling) -> Result<RopeTable<B>> {
     let config = RopeConfig { theta: 1e4, rotary_dim: d, scaling };
     RopeTable::new(b, &config, POSITIONS)
 }
 
 /// Ragged positions; the last token is at the end of the table.
-fn positions(tokens: usize) -> Vec<u32> {
+pub(crate) fn positions(tokens: usize) -> Vec<u32> {
     (0..tokens).map(|t| if t + 1 == tokens { POSITIONS as u32 - 1 } else { (37 * t % 4000) as u32 }).collect()
 }
 

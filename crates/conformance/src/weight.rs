@@ -9,7 +9,7 @@ use marlin_ops::{HostTensor, Result, Weight};
 use crate::random::Random;
 
 /// How a weight is stored.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Storage {
     Dense(DType),
     Quantized(Format, usize),

@@ -2,8 +2,9 @@
 
 use cubecl::ir::{ElemType, UIntKind};
 use cubecl::prelude::*;
+use marlin_formats::DType;
 use marlin_ops::convert::DequantizeArgs;
-use marlin_ops::{ConvertOps, Result, Tensor};
+use marlin_ops::{ConvertOps, OpError, Result, Tensor};
 
 use crate::element::{Storage, narrow_bits, widen_bits};
 use crate::launch::{cubes_for, units};
@@ -22,6 +23,51 @@ fn convert_elements<I: Numeric, O: Numeric>(
     if i < count as usize {
         let bits = widen_bits(u32::cast_from(x[i]), comptime!(storage[0]));
         out[i] = O::cast_from(narrow_bits(bits, comptime!(storage[1])));
+    }
+}
+
+/// f32 to bf16, both as bits; NaN becomes quiet.
+#[cube(launch_unchecked)]
+fn truncate_elements(x: &[u32], out: &mut [u16], count: u32) {
+    let i = ABSOLUTE_POS;
+    if i < count as usize {
+        let bits = x[i];
+        let quiet = select((bits & 0x7fff_ffffu32) > 0x7f80_0000u32, 0x40u32, 0u32.runtime());
+        out[i] = u16::cast_from((bits >> 16u32) | quiet);
+    }
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// Every f32 of `x` rounded toward zero to bf16; NaN stays a quiet NaN with its sign and leading payload.
+    ///
+    /// # Errors
+    /// Tensors of different shapes or other types.
+    pub fn convert_toward_zero(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        const OP: &str = "convert";
+        for (operand, found, dtype) in [("x", x.dtype(), DType::F32), ("out", out.dtype(), DType::BF16)] {
+            if found != dtype {
+                return Err(OpError::DType { operation: OP, operand, found, expected: dtype.name() });
+            }
+        }
+        if x.dims() != out.dims() {
+            return Err(OpError::shape(OP, "out", out.dims(), format!("{:?}", x.dims())));
+        }
+        let count = x.elements();
+        if count == 0 {
+            return Ok(());
+        }
+        // SAFETY: both buffers hold `count` elements and units beyond do nothing.
+        unsafe {
+            truncate_elements::launch_unchecked::<R>(
+                self.client(),
+                cubes_for(count),
+                units(),
+                x.buffer().arg(count),
+                out.buffer().arg(count),
+                count as u32,
+            );
+        }
+        Ok(())
     }
 }
 

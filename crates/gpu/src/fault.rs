@@ -43,6 +43,10 @@ pub(crate) enum Fault {
     KeyRow,
     /// `paged_write`: row of the values.
     ValueRow,
+    /// `softmax`: index of the logit.
+    SoftmaxLogit,
+    /// `softmax`: row.
+    SoftmaxEmpty,
 }
 
 /// Slots of a record.
@@ -51,7 +55,7 @@ pub(crate) const SLOTS: usize = 32;
 /// An empty record.
 pub(crate) const CLEAR: [u32; SLOTS] = [u32::MAX; SLOTS];
 
-const ALL: [Fault; 17] = [
+const ALL: [Fault; 19] = [
     Fault::EmbeddingId,
     Fault::EmptyRow,
     Fault::ArgmaxLogit,
@@ -69,6 +73,8 @@ const ALL: [Fault; 17] = [
     Fault::BlockId,
     Fault::KeyRow,
     Fault::ValueRow,
+    Fault::SoftmaxLogit,
+    Fault::SoftmaxEmpty,
 ];
 
 /// Records `fault` at `index`.
@@ -98,6 +104,8 @@ pub(crate) fn error(record: &[u32]) -> Option<OpError> {
         Fault::BlockId => marlin_ops::attention::block_error(*index as usize),
         Fault::KeyRow => marlin_ops::attention::unstorable_error("k", *index as usize),
         Fault::ValueRow => marlin_ops::attention::unstorable_error("v", *index as usize),
+        Fault::SoftmaxLogit => logit("softmax", *index),
+        Fault::SoftmaxEmpty => marlin_ops::sampling::empty_logits_error("softmax", *index as usize),
     })
 }
 

@@ -40,6 +40,7 @@ mod weight;
 
 pub use attention::AttentionKernel;
 pub use buffer::Buffer;
+pub use cubecl::prelude::Runtime;
 pub use device::Gpu;
 pub use linear::{Accumulate, Gemv, LinearKernel, TensorRows, TensorTile, Tile};
 pub use moe::{ExpertKernel, ExpertStrategy};

@@ -3,8 +3,11 @@
 pub mod bench;
 pub mod chat;
 pub mod devices;
+#[cfg(feature = "gpu")]
+pub mod emit_msl;
 pub mod generate;
 pub mod inspect;
+pub mod kernels;
 pub mod logits;
 pub mod perplexity;
 pub mod quantize;

@@ -1,10 +1,14 @@
-//! `marlin verify`: every operation of a device against the f64 oracle.
+//! `marlin verify`: the kernel audit, or every operation of a device, against the f64 oracle.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use clap::Args;
+#[cfg(feature = "gpu")]
+use marlin_conformance::audit::GpuVariants;
+use marlin_conformance::audit::{Audit, AuditReport, Kernel, PlainOnly, RowResult, Status, Variants, kernels};
 use marlin_conformance::{CaseResult, Family, Report, VerifyOptions};
+use marlin_ops::Backend;
 use serde_json::json;
 
 use crate::args::{DeviceArgs, DeviceKind, threads};
@@ -19,12 +23,15 @@ pub struct VerifyArgs {
     /// Number of the device among those of its kind
     #[arg(long, value_name = "N")]
     device_index: Option<usize>,
-    /// Only this family (device, linear, norm, rope, attention, moe, hadamard, sampling, convert)
-    #[arg(long, value_name = "F")]
-    family: Option<Family>,
-    /// Only operations whose name contains this
+    /// Only the kernel that is called so, or else those whose name contains this; with --suite operations
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    /// Every operation in many more shapes instead of the kernel collection
+    #[arg(long)]
+    suite: bool,
+    /// As --suite, only this family (device, linear, norm, rope, attention, moe, hadamard, sampling, convert)
+    #[arg(long, value_name = "F")]
+    family: Option<Family>,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
@@ -33,15 +40,103 @@ pub struct VerifyArgs {
     json: bool,
 }
 
-/// Verifies the exact and the default mode, where they differ; any failure makes the exit status 1.
+/// Any failure makes the exit status 1.
 pub fn run(args: VerifyArgs) -> Result<()> {
+    if args.suite || args.family.is_some() { suite(&args) } else { audit(&args) }
+}
+
+fn open(args: &VerifyArgs, exact: bool) -> Result<Opened> {
+    let VerifyArgs { device, device_index, threads, .. } = *args;
+    device::open(&DeviceArgs { device, device_index, exact, threads })
+}
+
+/// Audits the kernels of the collection, on the CPU in its exact mode.
+fn audit(args: &VerifyArgs) -> Result<()> {
+    let rows = selected(args.kernel.as_deref())?;
+    match open(args, true)? {
+        Opened::Cpu(cpu) => audit_rows(&*cpu, &PlainOnly, &rows, args.json),
+        #[cfg(all(feature = "gpu", target_os = "macos"))]
+        Opened::Metal(gpu) => audit_rows(&*gpu, &GpuVariants, &rows, args.json),
+        #[cfg(feature = "cuda")]
+        Opened::Cuda(gpu) => audit_rows(&*gpu, &GpuVariants, &rows, args.json),
+        #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+        Opened::Vulkan(gpu) => audit_rows(&*gpu, &GpuVariants, &rows, args.json),
+    }
+}
+
+/// All kernels, the one called `name`, or those whose name contains it.
+fn selected(name: Option<&str>) -> Result<Vec<&'static Kernel>> {
+    let Some(name) = name else { return Ok(kernels().iter().collect()) };
+    if let Some(kernel) = kernels().iter().find(|kernel| kernel.name == name) {
+        return Ok(vec![kernel]);
+    }
+    let rows: Vec<&Kernel> = kernels().iter().filter(|kernel| kernel.name.contains(name)).collect();
+    if rows.is_empty() {
+        bail!("no kernel is called `{name}`, `marlin kernels` lists them");
+    }
+    Ok(rows)
+}
+
+/// Prints a line for each kernel when it has run, then every failure and the counts.
+fn audit_rows<B: Backend, V: Variants<B>>(backend: &B, variants: &V, rows: &[&Kernel], json: bool) -> Result<()> {
+    let device = backend.name();
+    let name_width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
+    let operation_width = rows.iter().map(|row| row.operation.len()).max().unwrap_or(0);
+    let line = |cells: [&str; 7]| -> Result<()> {
+        let [name, operation, device, error, tolerance, status, configuration] = cells;
+        print_line!(
+            "{name:<name_width$}  {operation:<operation_width$}  {device:<6}  {error:>9}  {tolerance:>9}  {status:<11}  \
+             {configuration}"
+        );
+        Ok(())
+    };
+    if !json {
+        line(["kernel", "operation", "device", "error", "tolerance", "result", "configuration"])?;
+    }
+    let mut audit = Audit::new(backend, variants);
+    let mut results = Vec::new();
+    for kernel in rows {
+        let row = audit.row(kernel);
+        if !json {
+            let RowResult { name, operation, configuration, status, max_error, tolerance, launches, .. } = &row;
+            let number = |value: &f64| if *launches == 0 { "-".to_owned() } else { format!("{value:.2e}") };
+            let (error, tolerance) = (number(max_error), number(tolerance));
+            let missing = row.reason.as_ref().filter(|_| *status == Status::NotYet);
+            let missing = missing.map_or(String::new(), |reason| format!(" (not yet: {reason})"));
+            let configuration = format!("{configuration}{missing}");
+            line([name, operation, device, &error, &tolerance, status.name(), &configuration])?;
+        }
+        results.push(row);
+    }
+    let report = AuditReport::new(device, results);
+    match json {
+        true => print_line!("{}", json!(report)),
+        false => print_audit_summary(&report)?,
+    }
+    if report.failed > 0 {
+        bail!("{} of {} kernels failed", report.failed, report.results.len());
+    }
+    Ok(())
+}
+
+/// Every failure in full, then the counts.
+fn print_audit_summary(report: &AuditReport) -> Result<()> {
+    let AuditReport { device, passed, failed, not_applicable, not_yet, results } = report;
+    for row in results.iter().filter(|row| row.status == Status::Failed) {
+        print_line!("FAILED {} {}", row.name, row.reason.as_deref().unwrap_or_default());
+    }
+    let gpu = if *not_applicable == 0 { String::new() } else { format!(", {not_applicable} need a GPU") };
+    print_line!("{device}: {passed} rows passed, {failed} failed, {not_yet} not yet{gpu}");
+    Ok(())
+}
+
+/// Verifies every operation in the exact and the default mode, where they differ.
+fn suite(args: &VerifyArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut device = String::new();
     for exact in [true, false] {
         let options = VerifyOptions { families: args.family.map(|family| vec![family]), ..VerifyOptions::default() };
-        let device_args =
-            DeviceArgs { device: args.device, device_index: args.device_index, exact, threads: args.threads };
-        let report = match device::open(&device_args)? {
+        let report = match open(args, exact)? {
             Opened::Cpu(cpu) => {
                 marlin_conformance::verify(&*cpu, &VerifyOptions { int8_activations: !exact, ..options })
             }

@@ -17,7 +17,7 @@ use crate::decode::{Decoder, decode_unit, group_scale, group_zero};
 pub enum Accumulate {
     /// Weights and activations exactly as stored, sums in f32.
     F32,
-    /// Everything in f16: half the shared memory, an error that grows with the root of K.
+    /// Everything in f16: half the shared memory. Sums are those of a tile of K, then of the tiles.
     F16,
 }
 
@@ -224,7 +224,19 @@ pub(super) fn multiply<X: Numeric, G: Numeric, S: Numeric, A: Float>(
         if comptime!(ahead == 0) {
             sync_cube();
         }
-        add_tile::<A>(x_tile, w_tile, sums, (step - first) % comptime!(c.tile.stages), c);
+        let stage = (step - first) % comptime!(c.tile.stages);
+        if comptime!(c.tile.accumulate == Accumulate::F16) {
+            // In one sum the error of f16 grows with the root of K.
+            let mut tile_sums = Array::<A>::new(comptime!(c.sums()));
+            clear::<A>(&mut tile_sums, c);
+            add_tile::<A>(x_tile, w_tile, &mut tile_sums, stage, c);
+            #[unroll]
+            for i in 0..comptime!(c.sums()) {
+                sums[i] += tile_sums[i];
+            }
+        } else {
+            add_tile::<A>(x_tile, w_tile, sums, stage, c);
+        }
         sync_cube();
     }
 }

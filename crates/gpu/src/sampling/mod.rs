@@ -5,6 +5,7 @@ mod bins;
 mod draw;
 mod order;
 mod process;
+mod softmax;
 mod survivors;
 mod wide;
 
