@@ -9,7 +9,7 @@ use marlin_ops::sampling::{LogitsProcess, SampleFilter};
 /// Which device runs the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceKind {
-    /// The best device of this build and machine
+    /// An NVIDIA GPU, else another GPU that is not software, else the CPU (with --threads always)
     Auto,
     /// The CPU
     Cpu,

@@ -46,12 +46,11 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Opens the device that was asked for; one that this build or machine lacks is an error, never a fallback. `auto` is
-/// the CPU.
+/// Opens the device that was asked for; one that this build or machine lacks is an error, never a fallback.
 pub fn open(args: &DeviceArgs) -> Result<Opened> {
+    let args = &resolve(args);
     let kind = args.device;
-    // GPUs are chosen by name until their speed is measured.
-    if matches!(kind, DeviceKind::Auto | DeviceKind::Cpu) {
+    if kind == DeviceKind::Cpu {
         return Ok(Opened::Cpu(open_cpu(args)?));
     }
     if args.threads.is_some() {
@@ -66,6 +65,35 @@ pub fn open(args: &DeviceArgs) -> Result<Opened> {
         DeviceKind::Vulkan => Ok(Opened::Vulkan(Arc::new(marlin_gpu::vulkan(args.device_index)?))),
         _ => bail!("device `{}` is not in this build; it has: {}", name(kind), built().join(", ")),
     }
+}
+
+/// The same with a device in place of `auto`: the best GPU, or the CPU where there is none or its threads are asked for.
+fn resolve(args: &DeviceArgs) -> DeviceArgs {
+    let (device, device_index) = match args.device {
+        // An index is a number within a kind: without one there is nothing to count.
+        DeviceKind::Auto if args.threads.is_none() && args.device_index.is_none() => best_gpu(),
+        DeviceKind::Auto => None,
+        kind => Some((kind, args.device_index)),
+    }
+    .unwrap_or((DeviceKind::Cpu, args.device_index));
+    DeviceArgs { device, device_index, ..args.clone() }
+}
+
+/// CUDA before Vulkan or Metal, never software.
+#[cfg(feature = "gpu")]
+fn best_gpu() -> Option<(DeviceKind, Option<usize>)> {
+    let best = marlin_gpu::best_device()?;
+    let kind = match best.kind {
+        "cuda" => DeviceKind::Cuda,
+        "metal" => DeviceKind::Metal,
+        _ => DeviceKind::Vulkan,
+    };
+    Some((kind, Some(best.index)))
+}
+
+#[cfg(not(feature = "gpu"))]
+fn best_gpu() -> Option<(DeviceKind, Option<usize>)> {
+    None
 }
 
 /// The CPU, for what runs nowhere else.

@@ -175,9 +175,19 @@ impl<B: Backend> Session<B> {
                 steps: &[generated.len() as u32],
                 ids: &mut self.id,
             })?;
+            self.chosen()
         } else {
-            self.backend.argmax(&self.row, &mut self.id)?;
+            self.choose_likeliest()
         }
+    }
+
+    /// Chooses the most likely token.
+    pub fn choose_likeliest(&mut self) -> Result<u32> {
+        self.backend.argmax(&self.row, &mut self.id)?;
+        self.chosen()
+    }
+
+    fn chosen(&self) -> Result<u32> {
         match self.backend.read_u32(&self.id)?[..] {
             [id] => Ok(id),
             _ => bail!("the sampler returned no token"),

@@ -5,7 +5,7 @@ mod common;
 use common::{json, stdout};
 use serde_json::Value;
 
-const BENCH: [&str; 5] = ["bench", "--prompt-tokens", "24", "--gen-tokens", "5"];
+const BENCH: [&str; 7] = ["bench", "--device", "cpu", "--prompt-tokens", "24", "--gen-tokens", "5"];
 
 fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key}: {value}"))

@@ -73,7 +73,7 @@ const PROMPT: &str = "Once upon a time, there was a little girl named Lily.";
 
 #[test]
 fn generate_reports_what_the_contract_says() {
-    let greedy = ["generate", PROMPT, "--temperature", "0", "--max-tokens", "40", "--json"];
+    let greedy = ["generate", PROMPT, "--device", "cpu", "--temperature", "0", "--max-tokens", "40", "--json"];
     let result = json(&greedy);
     let text = result["text"].as_str().expect("text");
     assert!(text.len() > 40, "{text}");
@@ -329,7 +329,8 @@ fn memory_stays_near_the_weights() {
     let out = path(folder.path(), "qwen");
     let output = marlin(&["synth", "qwen3-0.6b", &out, "--format", "int4", "--layers", "8"]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let result = json(&["bench", "--model", &out, "--prompt-tokens", "64", "--gen-tokens", "8", "--json"]);
+    let flags = ["--device", "cpu", "--prompt-tokens", "64", "--gen-tokens", "8", "--json"];
+    let result = json(&[&["bench", "--model", out.as_str()], &flags[..]].concat());
     for key in ["prefill_tokens_per_s", "decode_tokens_per_s"] {
         assert!(result[key].as_f64() > Some(0.0), "{result}");
     }
@@ -365,4 +366,19 @@ fn devices_lists_the_cpu() {
     let result = json(&["devices", "--json"]);
     assert_eq!(result["devices"][0]["name"], "cpu");
     assert!(result["devices"][0]["threads"].as_u64() >= Some(1));
+}
+
+/// A CUDA GPU, then another that is no software, then the CPU; and a thread count is a wish for the CPU.
+#[test]
+fn auto_is_the_best_device_and_never_software() {
+    let listed = json(&["devices", "--json"]);
+    let devices = listed["devices"].as_array().unwrap();
+    let best = devices.iter().skip(1).find(|device| device["software"] == false).unwrap_or(&devices[0]);
+    let run = |arguments: &[&str]| {
+        let result = json(&[&["generate", PROMPT, "--max-tokens", "1", "--json"], arguments].concat());
+        result["device"].clone()
+    };
+    assert_eq!(run(&[]), best["name"]);
+    assert_eq!(run(&["--threads", "1"]), "cpu");
+    assert_fails(&["generate", PROMPT, "--device-index", "1"], &["--device-index 1", "--device"]);
 }

@@ -130,6 +130,7 @@ impl Device for Cpu {
     type Buffer = Buffer;
     type Weight = PackedWeight;
     type Experts = PackedExperts;
+    type Recording = ();
 
     fn name(&self) -> &'static str {
         "cpu"

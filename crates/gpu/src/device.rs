@@ -1,6 +1,6 @@
 use cubecl::bytes::Bytes;
 use cubecl::future::block_on;
-use cubecl::ir::{ElemType, UIntKind};
+use cubecl::ir::{DeviceProperties, ElemType, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::{Handle, ServerError};
 use marlin_formats::DType;
@@ -10,6 +10,8 @@ use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tens
 use crate::Buffer;
 use crate::fault;
 use crate::launch::{cubes_for, units};
+use crate::step::{Recording, Steps};
+use crate::traffic::Counters;
 use crate::weight::{GpuExperts, GpuWeight};
 
 /// Allocations from this size on are checked at once.
@@ -20,6 +22,8 @@ pub struct Gpu<R: Runtime> {
     client: ComputeClient<R>,
     name: &'static str,
     profiler: Profiler,
+    traffic: Counters,
+    pub(crate) steps: Steps,
     /// What [`fault::record`] writes.
     faults: Buffer,
     /// Passed where a kernel has an operand that this configuration does not read.
@@ -34,11 +38,28 @@ impl<R: Runtime> Gpu<R> {
             bytes: size_of_val(words),
         };
         let (faults, unread) = (buffer(&fault::CLEAR), buffer(&[0; 4]));
-        Self { client, name, profiler: Profiler::default(), faults, unread }
+        let steps = Steps::new([buffer(&[0; 4]), buffer(&[0; 4])]);
+        Self { client, name, profiler: Profiler::default(), traffic: Counters::default(), steps, faults, unread }
     }
 
+    /// The client for a launch, which is counted. What a device can do is in [`Gpu::properties`].
     pub(crate) fn client(&self) -> &ComputeClient<R> {
+        self.traffic.launched();
         &self.client
+    }
+
+    /// The client for all but launches.
+    pub(crate) fn uncounted(&self) -> &ComputeClient<R> {
+        &self.client
+    }
+
+    /// Limits of the device.
+    pub(crate) fn properties(&self) -> &DeviceProperties {
+        self.client.properties()
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.traffic
     }
 
     /// The argument of an operand that is not read.
@@ -58,6 +79,7 @@ impl<R: Runtime> Gpu<R> {
 
     /// A buffer with these contents.
     pub(crate) fn create(&self, operation: &'static str, contents: &[u8]) -> Result<Buffer> {
+        self.traffic.wrote(contents.len());
         self.reserve(operation, contents.len(), |size| {
             let mut bytes = contents.to_vec();
             bytes.resize(size, 0);
@@ -74,8 +96,8 @@ impl<R: Runtime> Gpu<R> {
         }
         let bytes = bytes.next_multiple_of(16).max(16);
         let buffer = Buffer { handle: source(bytes), bytes };
-        if bytes >= CHECKED_BYTES {
-            // Out of memory shows here rather than at some later read.
+        if bytes >= CHECKED_BYTES && !self.steps.is_recording() {
+            // Out of memory shows here rather than at some later read. (Memory of a recorded step was taken before.)
             self.client.flush().map_err(|e| device_error(operation, &e))?;
         }
         Ok(buffer)
@@ -94,12 +116,13 @@ impl<R: Runtime> Gpu<R> {
     /// Scratch of a tensor's shape.
     pub(crate) fn scratch(&self, operation: &'static str, dtype: DType, dims: &[usize]) -> Result<Tensor<Self>> {
         let shape = Shape::new(dims)?;
-        let buffer = self.allocate(operation, shape.elements() * dtype.size_in_bytes())?;
+        let buffer = self.allocate(operation, shape.elements().saturating_mul(dtype.size_in_bytes()))?;
         Ok(Tensor::from_buffer(buffer, shape, dtype))
     }
 
     /// Waits and reads the first `bytes` of a buffer; reports what failed before.
     pub(crate) fn read(&self, operation: &'static str, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
+        self.traffic.read(bytes);
         let handles = vec![buffer.handle.clone(), self.faults.handle.clone()];
         let read = block_on(self.client.read_async(handles)).map_err(|e| device_error(operation, &e))?;
         let [data, record] = read.as_slice() else {
@@ -115,6 +138,7 @@ impl<R: Runtime> Gpu<R> {
 
     /// Replaces the start of a buffer, in order with the work before and after.
     pub(crate) fn write(&self, buffer: &Buffer, contents: &[u8]) {
+        self.traffic.wrote(contents.len());
         let mut handle = buffer.handle.clone();
         handle.offset_end = Some((buffer.bytes - contents.len()) as u64);
         self.client.write(&handle, Bytes::from_bytes_vec(contents.to_vec()));
@@ -139,6 +163,7 @@ impl<R: Runtime> Device for Gpu<R> {
     type Buffer = Buffer;
     type Weight = GpuWeight;
     type Experts = GpuExperts;
+    type Recording = Recording<R>;
 
     fn name(&self) -> &'static str {
         self.name
@@ -150,7 +175,7 @@ impl<R: Runtime> Device for Gpu<R> {
         // SAFETY: the buffer holds that many words.
         unsafe {
             fill_zero::launch_unchecked::<R>(
-                &self.client,
+                self.client(),
                 cubes_for(words),
                 units(),
                 tensor.buffer().arg(words),
@@ -205,7 +230,7 @@ impl<R: Runtime> Device for Gpu<R> {
         // SAFETY: the rows lie within the source, as checked, and `out` holds `elements`.
         unsafe {
             copy_elements::launch_unchecked::<R>(
-                &self.client,
+                self.client(),
                 cubes_for(elements),
                 units(),
                 source.buffer().arg(source.elements()),
@@ -252,6 +277,15 @@ impl<R: Runtime> Device for Gpu<R> {
         GpuExperts::new(self, &experts)
     }
 
+    fn run_step<E: From<OpError>>(
+        &self,
+        position: usize,
+        recording: &mut Option<Recording<R>>,
+        step: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        self.step(position, recording, step)
+    }
+
     fn profiler(&self) -> Option<&Profiler> {
         Some(&self.profiler)
     }
@@ -262,7 +296,7 @@ impl<R: Runtime> Device for Gpu<R> {
 }
 
 /// A failure of the device, without the backtrace that its message carries.
-fn device_error(operation: &'static str, error: &ServerError) -> OpError {
+pub(crate) fn device_error(operation: &'static str, error: &ServerError) -> OpError {
     let message = error.to_string();
     let lines = message.lines().map(str::trim).take_while(|line| !line.starts_with("Backtrace"));
     OpError::Device { operation, reason: lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ") }

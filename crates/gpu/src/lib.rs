@@ -28,6 +28,7 @@ mod hadamard;
 mod launch;
 mod linear;
 mod math;
+mod measure;
 mod moe;
 mod norm;
 mod open;
@@ -36,6 +37,8 @@ pub mod record;
 mod reduce;
 mod rope;
 mod sampling;
+mod step;
+mod traffic;
 mod weight;
 
 pub use attention::AttentionKernel;
@@ -43,12 +46,15 @@ pub use buffer::Buffer;
 pub use cubecl::prelude::Runtime;
 pub use device::Gpu;
 pub use linear::{Accumulate, Gemv, LinearKernel, TensorRows, TensorTile, Tile};
+pub use measure::Measured;
 pub use moe::{ExpertKernel, ExpertStrategy};
 #[cfg(feature = "cuda")]
 pub use open::{Cuda, cuda};
-pub use open::{DeviceInfo, devices};
+pub use open::{DeviceInfo, best_device, devices};
 #[cfg(target_os = "macos")]
 pub use open::{Metal, metal};
 #[cfg(feature = "vulkan")]
 pub use open::{Vulkan, vulkan};
+pub use step::Recording;
+pub use traffic::Traffic;
 pub use weight::{GpuExperts, GpuWeight};

@@ -45,9 +45,7 @@ pub fn cuda(index: Option<usize>) -> Result<Cuda> {
     let found = cuda_devices().map_err(failure)?;
     let index = index.unwrap_or(0);
     if index >= found.len() {
-        let names: Vec<_> = found.iter().map(|info| format!("{}: {}", info.index, info.name)).collect();
-        let found = if names.is_empty() { "there is none".into() } else { format!("there are {}", names.join(", ")) };
-        return Err(failure(format!("CUDA device {index} is not available: {found}")));
+        return Err(absent("CUDA", Some(index), &found));
     }
     // SAFETY: only looks whether the library can be loaded.
     if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
@@ -56,8 +54,13 @@ pub fn cuda(index: Option<usize>) -> Result<Cuda> {
     if cubecl::cuda::install::cuda_path().is_none() {
         return Err(failure("CUDA device found, but no toolkit headers: set CUDA_PATH".into()));
     }
-    let device = cubecl::cuda::CudaDevice::new(index);
-    Ok(Gpu::new(cubecl::cuda::CudaRuntime::client(&device), "cuda"))
+    let mut client = cubecl::cuda::CudaRuntime::client(&cubecl::cuda::CudaDevice::new(index));
+    // SAFETY: the stream is that of the thread which opens the device. All work goes there, from whichever thread, so that
+    // repeated records are in order with the rest.
+    unsafe { client.set_stream(cubecl_environment::stream::StreamId::current()) };
+    let gpu = Gpu::new(client, "cuda");
+    gpu.steps.use_graphs(gpu.can_record());
+    Ok(gpu)
 }
 
 /// The CUDA devices, or why they cannot be counted.
@@ -78,7 +81,16 @@ fn cuda_devices() -> std::result::Result<Vec<DeviceInfo>, String> {
     (0..count).map(info).collect()
 }
 
-/// All devices of this build, the best first.
+/// The error of a device that is not there; `found` are the others of its kind.
+#[cfg(any(feature = "vulkan", feature = "cuda", target_os = "macos"))]
+fn absent(kind: &str, index: Option<usize>, found: &[DeviceInfo]) -> OpError {
+    let found: Vec<_> = found.iter().map(|info| format!("{}: {}", info.index, info.name)).collect();
+    let found = if found.is_empty() { "there is none".into() } else { format!("there are {}", found.join(", ")) };
+    let which = index.map_or(format!("a {kind} device"), |i| format!("{kind} device {i}"));
+    OpError::Device { operation: "open", reason: format!("{which} is not available: {found}") }
+}
+
+/// All devices of this build, the best first: CUDA, then other GPUs, then software that pretends to be one.
 pub fn devices() -> Vec<DeviceInfo> {
     let mut devices: Vec<DeviceInfo> = Vec::new();
     // Without a driver there are none.
@@ -89,6 +101,22 @@ pub fn devices() -> Vec<DeviceInfo> {
     devices.sort_by_key(|device| device.software);
     devices
 }
+
+/// The best device that is no software, if there is one.
+pub fn best_device() -> Option<DeviceInfo> {
+    #[cfg(feature = "cuda")]
+    if let Some(first) = cuda_devices().unwrap_or_default().into_iter().next() {
+        return Some(first);
+    }
+    // A look at the devices of Vulkan loads all of its drivers, software too, which take 100 MB.
+    if cfg!(target_os = "linux") && !GPU_NODES.iter().any(|path| std::path::Path::new(path).exists()) {
+        return None;
+    }
+    devices().into_iter().find(|device| !device.software)
+}
+
+/// Where Linux shows GPUs to their drivers: most of them, NVIDIA, WSL, Adreno, Mali.
+const GPU_NODES: [&str; 5] = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg", "/dev/kgsl-3d0", "/dev/mali0"];
 
 /// Opens the Vulkan device with this index, or the best one.
 ///
@@ -119,17 +147,14 @@ fn open_adapter(index: Option<usize>) -> Result<Gpu<cubecl::wgpu::WgpuRuntime>> 
     use cubecl::Runtime;
     let (kind, api, _) = API;
     let adapters = adapters();
-    let absent = || {
-        let found: Vec<_> = adapters.iter().map(|(_, info)| format!("{}: {}", info.index, info.name)).collect();
-        let found = if found.is_empty() { "there is none".into() } else { format!("there are {}", found.join(", ")) };
-        let which = index.map_or(format!("a {api} device"), |i| format!("{api} device {i}"));
-        OpError::Device { operation: "open", reason: format!("{which} is not available: {found}") }
-    };
     let (device, _) = match index {
         Some(index) => adapters.iter().find(|(_, info)| info.index == index),
         None => adapters.iter().min_by_key(|(_, info)| info.software),
     }
-    .ok_or_else(absent)?;
+    .ok_or_else(|| {
+        let found: Vec<_> = adapters.iter().map(|(_, info)| info.clone()).collect();
+        absent(api, index, &found)
+    })?;
     Ok(Gpu::new(cubecl::wgpu::WgpuRuntime::client(device), kind))
 }
 

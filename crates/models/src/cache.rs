@@ -1,5 +1,7 @@
 //! Key/value caches of one sequence.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use marlin_formats::DType;
 use marlin_ops::{Backend, Tensor};
 
@@ -39,6 +41,12 @@ impl<B: Backend> LayerCache<B> {
     }
 }
 
+/// A number that nothing else in this process has.
+pub(crate) fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// The error of a cache that another model planned.
 pub(crate) fn cache_mismatch() -> ModelError {
     ModelError::request("cache", "was planned for another model")
@@ -47,6 +55,8 @@ pub(crate) fn cache_mismatch() -> ModelError {
 /// Keys and values (or MLA latents) of one sequence, for all layers. Memory for `capacity` tokens is taken at once.
 pub struct KvCache<B: Backend> {
     pub(crate) layers: Vec<LayerCache<B>>,
+    /// Tells it from every other.
+    pub(crate) id: u64,
     capacity: usize,
     len: usize,
     size_in_bytes: usize,
@@ -67,7 +77,7 @@ impl<B: Backend> KvCache<B> {
             .map(|_| LayerCache::plan(model.backend(), config, capacity, model.cache_dtype()))
             .collect::<Result<Vec<_>>>()?;
         let size_in_bytes = layers.iter().map(LayerCache::size_in_bytes).sum();
-        Ok(Self { layers, capacity, len: 0, size_in_bytes })
+        Ok(Self { layers, id: next_id(), capacity, len: 0, size_in_bytes })
     }
 
     /// Tokens held.

@@ -8,7 +8,7 @@ use marlin_ops::norm::RmsNormArgs;
 use marlin_ops::rope::RopeTable;
 use marlin_ops::{Backend, Linear, Tensor};
 
-use crate::cache::{KvCache, cache_mismatch};
+use crate::cache::{KvCache, cache_mismatch, next_id};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
@@ -51,6 +51,8 @@ pub enum Logits {
 /// A loaded model. Activations are f32. It holds no state of a sequence: that is the [`KvCache`].
 pub struct Model<B: Backend> {
     backend: Arc<B>,
+    /// Tells it from every other.
+    id: u64,
     config: ModelConfig,
     embedding: Linear<B>,
     layers: Vec<DecoderLayer<B>>,
@@ -92,6 +94,7 @@ impl<B: Backend> Model<B> {
             chunk: options.chunk.min(context),
             cache_dtype: options.cache_dtype,
             size_in_bytes,
+            id: next_id(),
             backend,
             config,
         })
@@ -153,6 +156,10 @@ impl<B: Backend> Model<B> {
             let reason = format!("of {} rows asked for, {planned} are planned", tokens.len());
             return Err(ModelError::request("logits", reason));
         }
+        if let (&[token], Logits::Last | Logits::All) = (tokens, which) {
+            self.decode(token, cache, scratch)?;
+            return Ok(&scratch.logits);
+        }
         self.append(tokens, cache, scratch, |start, scratch| {
             let rows = scratch.hidden.rows();
             let is_last_piece = start + rows == tokens.len();
@@ -203,6 +210,31 @@ impl<B: Backend> Model<B> {
         Ok(all)
     }
 
+    /// [`Model::forward`] of one token with its logits: the step that a device may record and repeat.
+    fn decode(&self, token: u32, cache: &mut KvCache<B>, scratch: &mut Scratch<B>) -> Result<()> {
+        self.check_append(1, cache)?;
+        let position = cache.len();
+        self.write_input(&[token], position, scratch)?;
+        // A repeated step leaves shapes alone.
+        scratch.logits.reshape(&[1, self.config.vocab_size])?;
+        let key = [self.id, cache.id];
+        let mut recording = scratch.recording.take().filter(|(of, _)| *of == key).map(|(_, recording)| recording);
+        let outcome = self.backend.run_step(position, &mut recording, || {
+            self.run_layers(position, 1, cache, scratch)?;
+            self.head(scratch, 0, 1)
+        });
+        scratch.recording = recording.map(|recording| (key, recording));
+        outcome?;
+        cache.advance(1);
+        Ok(())
+    }
+
+    /// An error unless `count` more tokens fit `cache`, which must be of this model.
+    fn check_append(&self, count: usize, cache: &KvCache<B>) -> Result<()> {
+        cache.check_room(count)?;
+        if cache.layers.len() == self.layers.len() { Ok(()) } else { Err(cache_mismatch()) }
+    }
+
     /// Runs the layers over `tokens` piece by piece; after each piece, whose first token has index `start` here,
     /// `then(start, scratch)` finds its residual stream in `scratch.hidden`. On failure the cache is as before.
     fn append(
@@ -215,10 +247,7 @@ impl<B: Backend> Model<B> {
         if tokens.is_empty() {
             return Err(ModelError::request("tokens", "are none: at least one is needed"));
         }
-        cache.check_room(tokens.len())?;
-        if cache.layers.len() != self.layers.len() {
-            return Err(cache_mismatch());
-        }
+        self.check_append(tokens.len(), cache)?;
         let before = cache.len();
         let chunk = scratch.chunk();
         let mut pieces = tokens.chunks(chunk).enumerate();
@@ -234,17 +263,28 @@ impl<B: Backend> Model<B> {
 
     /// Embedding and all layers for at most `chunk` tokens.
     fn append_piece(&self, tokens: &[u32], cache: &mut KvCache<B>, scratch: &mut Scratch<B>) -> Result<()> {
-        let (backend, rows) = (self.backend(), tokens.len());
-        scratch.ids.reshape(&[rows])?;
+        self.write_input(tokens, cache.len(), scratch)?;
+        self.run_layers(cache.len(), tokens.len(), cache, scratch)?;
+        cache.advance(tokens.len());
+        Ok(())
+    }
+
+    /// Sends the ids and positions of the tokens from position `start` on.
+    fn write_input(&self, tokens: &[u32], start: usize, scratch: &mut Scratch<B>) -> Result<()> {
+        scratch.ids.reshape(&[tokens.len()])?;
+        self.backend.write_u32(tokens, &mut scratch.ids)?;
+        scratch.set_positions(self.backend(), start, tokens.len())
+    }
+
+    /// Embedding and all layers for `rows` tokens from position `start` on, which [`Model::write_input`] has sent.
+    fn run_layers(&self, start: usize, rows: usize, cache: &mut KvCache<B>, scratch: &mut Scratch<B>) -> Result<()> {
+        let backend = self.backend();
         scratch.hidden.reshape(&[rows, self.config.hidden_size])?;
-        backend.write_u32(tokens, &mut scratch.ids)?;
         backend.embedding(EmbeddingArgs { ids: &scratch.ids, table: &self.embedding, out: &mut scratch.hidden })?;
-        scratch.set_positions(backend, cache.len(), rows)?;
-        let pass = Pass { backend, rope: &self.rope, pairing: self.config.pairing, start: cache.len(), rows };
+        let pass = Pass { backend, rope: &self.rope, pairing: self.config.pairing, start, rows };
         for (layer, layer_cache) in self.layers.iter().zip(&mut cache.layers) {
             layer.forward(&pass, scratch, layer_cache, &mut Probe::none())?;
         }
-        cache.advance(rows);
         Ok(())
     }
 

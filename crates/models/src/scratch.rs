@@ -45,6 +45,8 @@ pub struct Scratch<B: Backend> {
     pub(crate) head_normed: Tensor<B>,
     /// `[logit_rows, vocab]`.
     pub(crate) logits: Tensor<B>,
+    /// The recorded step of one token, and the ids of the model and the cache that it is of.
+    pub(crate) recording: Option<([u64; 2], B::Recording)>,
     /// What was last written to `positions`.
     position_values: Vec<u32>,
     chunk: usize,
@@ -136,6 +138,7 @@ impl<B: Backend> Scratch<B> {
             head_hidden: few(hidden)?,
             head_normed: few(hidden)?,
             logits: few(config.vocab_size)?,
+            recording: None,
             position_values: Vec::with_capacity(chunk),
             chunk,
             logit_rows,

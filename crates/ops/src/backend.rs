@@ -2,8 +2,8 @@ use marlin_formats::DType;
 
 use crate::profile::{Arithmetic, Profiler};
 use crate::{
-    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, PagedAttentionOps,
-    Result, RopeOps, SamplingOps, Tensor, Weight, WeightData,
+    AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, OpError,
+    PagedAttentionOps, Result, RopeOps, SamplingOps, Tensor, Weight, WeightData,
 };
 
 /// Memory of a device: buffers, transfers, prepared weights. Operations on it enqueue and return; the `read_*` methods
@@ -15,6 +15,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     type Weight: Send + Sync;
     /// The routed experts of a layer in the device's layout.
     type Experts: Send + Sync;
+    /// What a device keeps of a step to repeat it; `()` where every step is enqueued anew.
+    type Recording: Send + Sync;
 
     /// Short name for messages: "cpu", "oracle", ...
     fn name(&self) -> &'static str;
@@ -56,6 +58,25 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Dtypes of activations that operations take and give; where these leave one out, it is refused as unsupported.
     fn activation_dtypes(&self) -> &'static [DType] {
         &[DType::F32, DType::F16, DType::BF16]
+    }
+
+    /// Runs `step`, which decodes the token at `position` of a sequence: the layers of a model over one row. A device may
+    /// record what it enqueues and, from then on, repeat the record instead of calling `step`.
+    ///
+    /// The caller keeps a recording for exactly one step: the same operations on the same tensors, of which only the
+    /// contents change. In it rows are written to caches at `start = position`, attention sees `kv_len = [position + 1]`,
+    /// nothing is read back and nothing uploaded; a run that is repeated does the same. One step runs at a time, and
+    /// nothing else is enqueued on the device meanwhile.
+    ///
+    /// # Errors
+    /// What `step` raises, and a failure to record.
+    fn run_step<E: From<OpError>>(
+        &self,
+        _position: usize,
+        _recording: &mut Option<Self::Recording>,
+        mut step: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        step()
     }
 
     /// Collects times, bytes and FLOPs of operations, if the device keeps such a record.

@@ -179,7 +179,8 @@ impl Profiler {
         std::mem::take(&mut *self.lock())
     }
 
-    fn is_recording(&self) -> bool {
+    /// Between [`Profiler::start`] and [`Profiler::take`].
+    pub fn is_recording(&self) -> bool {
         self.recording.load(Ordering::Relaxed)
     }
 

@@ -1,5 +1,7 @@
 //! `marlin bench`: tokens per second of prefill and decode, bytes read per token, and peak memory.
 
+#[cfg(feature = "gpu")]
+mod gpu;
 mod interleaved;
 mod profile;
 
@@ -12,15 +14,16 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use marlin_cpu::Cpu;
 use marlin_formats::DType;
-use marlin_ops::Device;
 use marlin_ops::profile::{Profiler, Roofline};
+use marlin_ops::{Backend, Device};
 use serde_json::json;
 
 use self::interleaved::{Interleaved, Turn};
 use self::profile::{PhaseProfile, bytes_read};
 use crate::args::{CacheType, DeviceArgs, at_least_one};
+use crate::device::{self, Opened};
 use crate::session::{Session, tokens_per_second};
-use crate::{bundled, device, usage};
+use crate::{bundled, usage};
 
 /// Arguments of `marlin bench`.
 #[derive(Args)]
@@ -40,7 +43,7 @@ pub struct BenchArgs {
     /// Element type of the KV cache
     #[arg(long, value_enum, default_value = "f16")]
     kv: CacheType,
-    /// Run everything once more and show the time, bytes and FLOPs of each operation
+    /// Run everything once more and show the time, bytes and FLOPs of each operation; on the CPU only
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
@@ -51,17 +54,17 @@ pub struct BenchArgs {
 }
 
 /// The same prefill and decode as often as asked for.
-struct Workload {
-    backend: Arc<Cpu>,
-    session: Session<Cpu>,
+struct Workload<B: Backend> {
+    backend: Arc<B>,
+    session: Session<B>,
     prompt: Vec<u32>,
     /// Decoded one at a time.
     continuation: Vec<u32>,
 }
 
-impl Workload {
+impl<B: Backend> Workload<B> {
     /// Any ids do: speed does not depend on the text, expert choice aside.
-    fn new(backend: Arc<Cpu>, session: Session<Cpu>, args: &BenchArgs) -> Self {
+    fn new(backend: Arc<B>, session: Session<B>, args: &BenchArgs) -> Self {
         let vocab = session.model().config().vocab_size as u32;
         let id = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
         let prompt = (0..args.prompt_tokens).map(id).collect();
@@ -98,18 +101,6 @@ impl Workload {
         Ok(start.elapsed())
     }
 
-    /// [`Workload::decode`] once more, in turn with plain reads.
-    fn decode_and_read(&mut self, bytes_per_token: f64) -> Result<Interleaved> {
-        let backend = self.backend.clone();
-        let (turn, total) = (Turn::new(bytes_per_token), self.continuation.len());
-        let rounds = total.div_ceil(turn.tokens);
-        Interleaved::measure(turn, rounds, bytes_per_token, &backend.plain_reads(), |round| {
-            let start = round * turn.tokens;
-            let tokens = start..total.min(start + turn.tokens);
-            Ok((tokens.len(), self.decode_some(tokens)?))
-        })
-    }
-
     fn profiler(&self) -> Result<&Profiler> {
         let profiler = self.backend.profiler();
         profiler.with_context(|| format!("{} keeps no record of its operations", self.backend.name()))
@@ -141,6 +132,20 @@ impl Workload {
     }
 }
 
+impl Workload<Cpu> {
+    /// [`Workload::decode`] once more, in turn with plain reads.
+    fn decode_and_read(&mut self, bytes_per_token: f64) -> Result<Interleaved> {
+        let backend = self.backend.clone();
+        let (turn, total) = (Turn::new(bytes_per_token), self.continuation.len());
+        let rounds = total.div_ceil(turn.tokens);
+        Interleaved::measure(turn, rounds, bytes_per_token, &backend.plain_reads(), |round| {
+            let start = round * turn.tokens;
+            let tokens = start..total.min(start + turn.tokens);
+            Ok((tokens.len(), self.decode_some(tokens)?))
+        })
+    }
+}
+
 /// What a run measured.
 struct Report {
     model: String,
@@ -162,12 +167,21 @@ pub fn run(args: BenchArgs) -> Result<()> {
     if args.batch != 1 {
         bail!("--batch {}: only one sequence at a time is supported", args.batch);
     }
-    let report = measure(&args)?;
-    if args.json { report.print_json(&args) } else { report.print(&args) }
+    match device::open(&args.device)? {
+        Opened::Cpu(backend) => {
+            let report = measure(backend, &args)?;
+            if args.json { report.print_json(&args) } else { report.print(&args) }
+        }
+        #[cfg(all(feature = "gpu", target_os = "macos"))]
+        Opened::Metal(backend) => gpu::run(backend, &args),
+        #[cfg(feature = "cuda")]
+        Opened::Cuda(backend) => gpu::run(backend, &args),
+        #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+        Opened::Vulkan(backend) => gpu::run(backend, &args),
+    }
 }
 
-fn measure(args: &BenchArgs) -> Result<Report> {
-    let backend = device::open_cpu(&args.device)?;
+fn measure(backend: Arc<Cpu>, args: &BenchArgs) -> Result<Report> {
     let dir = bundled::model_dir(args.model.as_deref())?;
     let start = Instant::now();
     let context = Some(args.prompt_tokens + args.gen_tokens);

@@ -11,6 +11,7 @@ use super::rows::{Codes, Rows};
 use super::tile::AttentionKernel;
 use crate::element::Storage;
 use crate::launch::{UNITS, cubes, units};
+use crate::step::planned_keys;
 use crate::{Buffer, Gpu};
 
 /// Cubes that keep one multiprocessor busy.
@@ -80,8 +81,7 @@ impl<R: Runtime> Attend<'_, R> {
         if self.values.width == 0 {
             return Ok(());
         }
-        let lengths: Vec<u32> = self.kv_len.iter().map(|&len| len as u32).collect();
-        let kv_len = gpu.create_u32(operation, &lengths)?;
+        let kv_len = gpu.length_words(operation, self.kv_len)?;
         let kernel = self.kernel.unwrap_or_else(|| self.choose(gpu));
         if kernel.splits == 1 {
             self.launch(gpu, kernel, &kv_len, self.out, None);
@@ -97,11 +97,12 @@ impl<R: Runtime> Attend<'_, R> {
 
     /// Few rows get a small tile and, while the device has room for more cubes, ranges of keys.
     fn choose(&self, gpu: &Gpu<R>) -> AttentionKernel {
-        let hardware = &gpu.client().properties().hardware;
+        let hardware = &gpu.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.map_or(USUAL_PROCESSORS, |n| n as usize);
         let rows = self.queries * self.group;
         let kernel = AttentionKernel::for_rows(rows);
-        let keys = self.kv_len.iter().copied().max().unwrap_or(0);
+        // Splits are compiled in, and part of a recorded step.
+        let keys = planned_keys(self.kv_len.iter().copied().max().unwrap_or(0));
         let visible = (self.left as usize).saturating_add(self.right as usize).saturating_add(self.queries);
         let cubes = self.batch * self.kv_heads * rows.div_ceil(kernel.q_tile);
         kernel.with_splits(cubes, keys.min(visible), processors * CUBES_PER_PROCESSOR)
@@ -117,7 +118,7 @@ impl<R: Runtime> Attend<'_, R> {
         sums: Option<&Tensor<Gpu<R>>>,
     ) {
         let (head_dim, value_dim) = (self.keys.width, self.values.width);
-        let plane = gpu.client().properties().hardware.plane_size_min as usize;
+        let plane = gpu.properties().hardware.plane_size_min as usize;
         let sinks = if sums.is_some() { None } else { self.sinks };
         let config = FlashConfig {
             q: Rows::new(Codes::of(self.q.dtype()), head_dim, head_dim),

@@ -119,8 +119,7 @@ pub(super) fn prefill<R: Runtime>(
     let at_once = (EXPANDED_BYTES / one_head.max(1)).clamp(1, d.heads);
     let keys = gpu.scratch(OP, DType::F32, &[d.batch, at_once, longest, key_width])?;
     let values = gpu.scratch(OP, DType::F32, &[d.batch, at_once, longest, d.value])?;
-    let lengths: Vec<u32> = args.kv_len.iter().map(|&len| len as u32).collect();
-    let lengths = gpu.create_u32(OP, &lengths)?;
+    let lengths = gpu.length_words(OP, args.kv_len)?;
     for first in (0..d.heads).step_by(at_once) {
         let count = at_once.min(d.heads - first);
         launch_expand(gpu, &args, &lengths, first..first + count, longest, [&keys, &values]);

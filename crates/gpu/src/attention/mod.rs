@@ -56,7 +56,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     fn check_kernel(&self, operation: &'static str, kernel: AttentionKernel) -> Result<()> {
-        let shared_memory = self.client().properties().hardware.max_shared_memory_size;
+        let shared_memory = self.properties().hardware.max_shared_memory_size;
         kernel.defect(shared_memory).map_or(Ok(()), |defect| Err(OpError::value(operation, "kernel", defect)))
     }
 
@@ -105,8 +105,7 @@ impl<R: Runtime> AttentionOps for Gpu<R> {
     }
 
     fn run_kv_write(&self, args: KvWriteArgs<'_, Self>) -> Result<()> {
-        write::kv_write(self, args);
-        Ok(())
+        write::kv_write(self, args)
     }
 
     fn run_mla_prefill(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {

@@ -420,7 +420,7 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, shape: Gemv, product: &Product<'_, R>) ->
     let chunk = chunk / (depth * unit) * (depth * unit);
     let mut config =
         GemvConfig { shape, input, decoder, grouping, epilogue, width, depth, unroll: gpu.name() == "cuda", chunk };
-    let hardware = &gpu.client().properties().hardware;
+    let hardware = &gpu.properties().hardware;
     let most = hardware.max_shared_memory_size;
     while config.shared_bytes() > most && config.chunk > 2 * PADDED {
         config.chunk = (config.chunk / 2).next_multiple_of(config.block());

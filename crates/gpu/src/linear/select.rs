@@ -39,7 +39,7 @@ fn few_rows<R: Runtime>(gpu: &Gpu<R>, m: usize, n: usize, products: usize) -> Ge
         (1..=4, 0 | 2) => 2,
         _ => 1,
     };
-    let cores = gpu.client().properties().hardware.num_streaming_multiprocessors.map_or(CORES, |cores| cores as usize);
+    let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(CORES, |cores| cores as usize);
     let fills = |lanes: &usize| n.div_ceil(lanes * columns) >= 2 * cores;
     let lanes_n = [32, 16].into_iter().find(fills).unwrap_or(8);
     Gemv { rows, columns, lanes_n, lanes_k: 256 / lanes_n }

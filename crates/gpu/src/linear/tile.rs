@@ -103,7 +103,7 @@ impl TileConfig {
         let config = Self { tile, input, decoder, grouping, epilogue, unit_m, unit_n };
         let element = if tile.accumulate == Accumulate::F16 { 2 } else { 4 };
         let shared = stages * (config.x_stage() + config.w_stage()) * element;
-        let hardware = &gpu.client().properties().hardware;
+        let hardware = &gpu.properties().hardware;
         if shared > hardware.max_shared_memory_size {
             let most = hardware.max_shared_memory_size;
             return refuse(format!("{shared} bytes of shared memory where there are {most}"));

@@ -144,7 +144,7 @@ impl GpuExperts {
     /// Uploads the experts of a layer.
     pub(crate) fn new<R: Runtime>(gpu: &Gpu<R>, experts: &[ExpertWeights]) -> Result<Self> {
         const OP: &str = "prepare_experts";
-        let most = gpu.client().properties().memory.max_page_size;
+        let most = gpu.properties().memory.max_page_size;
         let mut banks = Vec::new();
         let mut groups: Vec<([usize; 3], Vec<u32>)> = Vec::new();
         for (e, expert) in experts.iter().enumerate() {

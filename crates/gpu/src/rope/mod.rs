@@ -156,7 +156,7 @@ struct LatentConfig {
     order: Order,
 }
 
-/// `cache[first + t] = [rms_norm(x[t, ..rank]) | rope(x[t, rank..])]`: one cube a token.
+/// `cache[first_row + start[0] + t] = [rms_norm(x[t, ..rank]) | rope(x[t, rank..])]`: one cube a token.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn latent_rows<X: Numeric, G: Numeric, C: Numeric>(
@@ -165,6 +165,7 @@ fn latent_rows<X: Numeric, G: Numeric, C: Numeric>(
     positions: &[u32],
     cos: &[f32],
     sin: &[f32],
+    start: &[u32],
     cache: &mut [C],
     faults: &mut [Atomic<u32>],
     tokens: u32,
@@ -182,7 +183,7 @@ fn latent_rows<X: Numeric, G: Numeric, C: Numeric>(
         let count = rank as usize;
         let width = count + 2usize * half;
         let from = token * width;
-        let to = (first_row as usize + token) * width;
+        let to = (first_row as usize + start[0] as usize + token) * width;
         let position = positions[token];
         if position < table_rows {
             let mut r = f32::new(1.0);
@@ -280,7 +281,8 @@ impl<R: Runtime> RopeOps for Gpu<R> {
             cache: Storage::of(args.cache.dtype()),
             order: Order::of(args.pairing),
         };
-        let first_row = args.sequence * args.cache.dims()[1] + args.start;
+        let first_row = args.sequence * args.cache.dims()[1];
+        let start = self.start_word("mla_latent_write", args.start)?;
         // SAFETY: the rows lie within x and the cache, as checked, gamma holds `rank` elements and the tables
         // `positions` times half; the kernel compares positions before any access.
         unsafe {
@@ -293,6 +295,7 @@ impl<R: Runtime> RopeOps for Gpu<R> {
                 args.positions.buffer().arg(tokens),
                 args.table.cos.buffer().arg(args.table.cos.elements()),
                 args.table.sin.buffer().arg(args.table.sin.elements()),
+                start.arg(1),
                 args.cache.buffer().arg(args.cache.elements()),
                 self.faults(),
                 tokens as u32,

@@ -290,7 +290,7 @@ pub(super) fn launch<R: Runtime>(
         | stage(TOP_P, top_p.is_some())
         | stage(TYPICAL, filter.typical.is_some())
         | stage(DRAW, true);
-    let most = gpu.client().properties().hardware.max_units_per_cube;
+    let most = gpu.properties().hardware.max_units_per_cube;
     let units = if columns > BINS && MANY_UNITS <= most { MANY_UNITS } else { FEW_UNITS };
     let words = gpu.create_u32(OP, words)?;
     // SAFETY: logits hold rows * columns elements, words and ids one per row; the kernel stays within.

@@ -6,9 +6,9 @@ use marlin_ops::Result;
 use marlin_ops::sampling::LogitsProcessArgs;
 
 use super::order::{BAD, BANNED, cube_max_word, key_of};
-use crate::Gpu;
 use crate::fault::{self, Fault};
 use crate::launch::{UNITS, cubes, cubes_for, units};
+use crate::{Buffer, Gpu};
 
 /// Processes every logit; `listed` ids ascend, each with the times it was generated. `finite[cube]` tells whether a
 /// logit of the cube is not -inf.
@@ -88,9 +88,15 @@ fn tally(prompt: &[u32], generated: &[u32]) -> (Vec<u32>, Vec<u32>) {
 pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, args: LogitsProcessArgs<'_, Gpu<R>>) -> Result<()> {
     const OP: &str = "logits_process";
     let columns = args.logits.elements();
-    let (ids, counts) = tally(args.prompt, args.generated);
+    let wished = args.process;
+    let penalised =
+        wished.repetition_penalty != 1.0 || wished.frequency_penalty != 0.0 || wished.presence_penalty != 0.0;
+    // Without penalties no id is told from another, and the tokens so far need not be sent.
+    let (ids, counts) = if penalised { tally(args.prompt, args.generated) } else { Default::default() };
     let listed = ids.len();
-    let (ids, counts) = (gpu.create_u32(OP, &ids)?, gpu.create_u32(OP, &counts)?);
+    let send = |words: &[u32]| if listed == 0 { Ok(None) } else { gpu.create_u32(OP, words).map(Some) };
+    let (ids, counts) = (send(&ids)?, send(&counts)?);
+    let list = |words: &Option<Buffer>| words.as_ref().map_or_else(|| gpu.unread(), |words| words.arg(listed));
     // As many as the grid has cubes, which may round up.
     let CubeCount::Static(x, y, _) = cubes_for(columns) else { unreachable!("the count is known") };
     let grid = (x * y) as usize;
@@ -102,16 +108,16 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, args: LogitsProcessArgs<'_, Gpu<R
             cubes_for(columns),
             units(),
             args.logits.buffer().arg(columns),
-            ids.arg(listed.max(1)),
-            counts.arg(listed.max(1)),
+            list(&ids),
+            list(&counts),
             finite.buffer().arg(grid),
             gpu.faults(),
             columns as u32,
             listed as u32,
-            args.process.repetition_penalty,
-            args.process.frequency_penalty,
-            args.process.presence_penalty,
-            args.process.temperature,
+            wished.repetition_penalty,
+            wished.frequency_penalty,
+            wished.presence_penalty,
+            wished.temperature,
         );
         expect_finite::launch_unchecked::<R>(
             gpu.client(),

@@ -240,7 +240,8 @@ fn expansion_pays(rows: usize, kv_len: usize, width: usize, rank: usize) -> bool
     let pairs = rows * kv_len - rows * (rows - 1) / 2;
     let expanded = kv_len * width * rank + pairs * width;
     let absorbed = rows * width * rank + pairs * 2 * rank;
-    expanded <= absorbed
+    // One row is decode, whose operations must not depend on its position.
+    rows > 1 && expanded <= absorbed
 }
 
 #[cfg(test)]
@@ -252,6 +253,6 @@ mod tests {
         // GLM-4.7-Flash: n + v = 448, r = 512.
         let pays = |rows, kv_len| expansion_pays(rows, kv_len, 448, 512);
         assert!(pays(512, 512) && pays(512, 4096) && pays(32, 32));
-        assert!(!pays(1, 2) && !pays(1, 4096) && !pays(8, 4096) && !pays(64, 4096));
+        assert!(!pays(1, 1) && !pays(1, 2) && !pays(1, 4096) && !pays(8, 4096) && !pays(64, 4096));
     }
 }

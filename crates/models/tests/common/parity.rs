@@ -68,11 +68,15 @@ fn decode<B: Backend>(model: &Model<B>, tokens: &[u32], cache: &mut KvCache<B>) 
 
 /// Every golden model on `backend`, fed in every way.
 pub fn check_all_golden_models<B: Backend>(backend: B) {
-    let backend = Arc::new(backend);
+    check_all_on(&Arc::new(backend));
+}
+
+/// The same on a backend that is used for other things too.
+pub fn check_all_on<B: Backend>(backend: &Arc<B>) {
     let mut failures = Vec::new();
     for dir in golden_folders() {
         let golden = Golden::read(&dir.join("golden.safetensors"));
-        failures.extend(check(&backend, &dir, &golden));
+        failures.extend(check(backend, &dir, &golden));
     }
     assert!(failures.is_empty(), "beyond {TOLERANCE}:\n{}", failures.join("\n"));
 }

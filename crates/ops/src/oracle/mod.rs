@@ -76,6 +76,7 @@ impl Device for Oracle {
     type Buffer = Values;
     type Weight = OracleWeight;
     type Experts = OracleExperts;
+    type Recording = ();
 
     fn name(&self) -> &'static str {
         "oracle"

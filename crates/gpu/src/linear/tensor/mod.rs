@@ -91,7 +91,7 @@ impl Call {
 
 /// Whether the device multiplies such fragments.
 fn has_fragments<R: Runtime>(gpu: &Gpu<R>, operand: Operand) -> bool {
-    let properties = gpu.client().properties();
+    let properties = gpu.properties();
     let float = match operand {
         Operand::F16 => FloatKind::F16,
         Operand::BF16 => FloatKind::BF16,
@@ -149,7 +149,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: Shape, product: &Product<'
 pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Option<LinearKernel> {
     Call::new(gpu, product).ok()?;
     let [m, n, k] = product.shape();
-    let cores = gpu.client().properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
+    let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
     Some(match m {
         0..=MOST_ROWS => LinearKernel::TensorRows(few_rows(cores, m, n, k)),
         _ => LinearKernel::TensorTile(tile(cores, m, n, k)),

@@ -415,7 +415,7 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, shape: TensorRows, call: &Call, target: &
         staged: if staged && m == 1 { (k / 8).next_power_of_two() } else { 0 },
         epilogue: target.epilogue,
     };
-    let hardware = &gpu.client().properties().hardware;
+    let hardware = &gpu.properties().hardware;
     let (shared, most) = (config.shared_bytes() + super::SHARED_BESIDE, hardware.max_shared_memory_size);
     if shared > most {
         return refuse(format!("{shared} bytes of shared memory where there are {most}"));

@@ -562,7 +562,7 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &T
     let refuse = |what: String| Err(limit(gpu, target.product.operation, what));
     let [_, n, _] = target.product.shape();
     let TensorTile { row_blocks, planes_m, planes_n, planes_k, steps, rescale, .. } = tile;
-    let (hardware, planes) = (&gpu.client().properties().hardware, planes_m * planes_n * planes_k);
+    let (hardware, planes) = (&gpu.properties().hardware, planes_m * planes_n * planes_k);
     if planes == 0 || 32 * planes > hardware.max_units_per_cube as usize {
         return refuse(format!("{planes} planes of 32 where {} units are allowed", hardware.max_units_per_cube));
     }
