@@ -1,6 +1,6 @@
-//! `cargo run --release -p marlin-gpu --features cuda --example tune [-- SECONDS]`: shapes of the tensor-core kernels on the
-//! first CUDA device, a line each, until the time is over (600 s). Results of up to 512 rows are compared with those of the
-//! kernels without tensor cores. Times as in `speed`.
+//! `cargo run --release -p marlin-gpu --features cuda --example tune [-- SECONDS [int4|fp4 [ROWS..]]]`: shapes of the
+//! tensor-core kernels on the first CUDA device, a line each, until the time is over (600 s). Results of up to 512 rows are
+//! compared with those of the kernels without tensor cores. Times as in `speed`.
 
 #[path = "speed/measure.rs"]
 mod measure;
@@ -8,7 +8,7 @@ mod measure;
 use std::cell::RefCell;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use marlin_formats::{DType, Format};
 use marlin_gpu::{Accumulate, Cuda, Gemv, LinearKernel, TensorRows, TensorTile, Tile};
 use marlin_ops::linear::{Activation, LinearArgs, Residual};
@@ -56,63 +56,35 @@ fn candidates() -> Vec<([usize; 3], Vec<LinearKernel>)> {
             1,
             up,
             vec![
-                rows(4, 1, 8, 0, 0, 1),
                 rows(4, 1, 8, 0, 1, 1),
-                rows(4, 1, 8, 1, 1, 1),
                 rows(4, 1, 16, 0, 1, 1),
-                rows(2, 1, 4, 0, 1, 1),
-                rows(2, 1, 4, 1, 1, 1),
-                rows(2, 1, 8, 0, 0, 1),
+                rows(4, 1, 8, 0, 0, 1),
+                rows(4, 1, 4, 0, 1, 1),
                 rows(2, 1, 8, 0, 1, 1),
-                rows(2, 2, 8, 0, 1, 1),
-                rows(4, 2, 8, 0, 1, 1),
+                rows(2, 1, 4, 0, 1, 1),
             ],
         ),
-        with(
-            1,
-            down,
-            vec![
-                rows(4, 1, 32, 0, 0, 1),
-                rows(4, 1, 32, 0, 1, 1),
-                rows(4, 1, 28, 0, 0, 1),
-                rows(4, 1, 28, 0, 1, 1),
-                rows(4, 1, 28, 1, 1, 1),
-                rows(2, 1, 16, 0, 0, 1),
-                rows(2, 1, 16, 0, 1, 1),
-                rows(2, 1, 16, 1, 1, 1),
-                rows(2, 1, 28, 0, 0, 1),
-                rows(2, 1, 28, 0, 1, 1),
-                rows(4, 1, 8, 0, 0, 4),
-                rows(4, 1, 14, 0, 0, 2),
-            ],
-        ),
+        with(1, down, vec![rows(4, 1, 32, 0, 1, 1), rows(4, 1, 28, 0, 1, 1), rows(2, 1, 16, 0, 1, 1)]),
         with(
             1,
             [16 * 14_336, 4096],
             vec![
-                rows(4, 1, 8, 0, 0, 1),
-                rows(4, 1, 8, 0, 1, 1),
-                rows(4, 1, 8, 1, 1, 1),
-                rows(4, 1, 4, 0, 0, 1),
                 rows(4, 1, 4, 0, 1, 1),
-                rows(4, 1, 4, 1, 1, 1),
-                rows(4, 2, 8, 0, 1, 1),
-                rows(4, 2, 4, 0, 0, 1),
-                rows(4, 4, 4, 0, 0, 1),
-                rows(2, 2, 8, 0, 1, 1),
-                rows(4, 1, 16, 0, 1, 1),
+                rows(4, 1, 8, 0, 1, 1),
+                rows(4, 1, 8, 0, 0, 1),
+                rows(2, 1, 4, 0, 1, 1),
+                rows(2, 1, 8, 0, 1, 1),
             ],
         ),
         with(
             1,
             [16 * 4096, 14_336],
             vec![
-                rows(4, 1, 8, 0, 0, 1),
                 rows(4, 1, 8, 0, 1, 1),
                 rows(4, 1, 16, 0, 1, 1),
-                rows(4, 1, 28, 0, 1, 1),
-                rows(4, 1, 8, 1, 1, 1),
-                rows(4, 2, 8, 0, 0, 1),
+                rows(4, 1, 8, 0, 0, 1),
+                rows(2, 1, 8, 0, 1, 1),
+                rows(2, 1, 16, 0, 1, 1),
             ],
         ),
         with(
@@ -120,8 +92,8 @@ fn candidates() -> Vec<([usize; 3], Vec<LinearKernel>)> {
             up,
             vec![
                 rows(4, 2, 8, 0, 0, 1),
-                rows(2, 2, 8, 0, 0, 1),
-                rows(2, 4, 8, 0, 0, 1),
+                rows(4, 1, 8, 0, 0, 1),
+                rows(4, 2, 4, 0, 0, 1),
                 rows(4, 2, 8, 0, 0, 2),
                 rows(4, 4, 8, 0, 0, 2),
                 tile(2, [1, 2, 4], 4, 1, 1),
@@ -135,17 +107,14 @@ fn candidates() -> Vec<([usize; 3], Vec<LinearKernel>)> {
             16,
             down,
             vec![
-                rows(4, 1, 16, 0, 0, 1),
                 rows(4, 1, 28, 0, 0, 1),
-                rows(2, 1, 16, 0, 0, 1),
-                rows(2, 1, 14, 0, 0, 1),
-                rows(2, 1, 28, 0, 0, 1),
+                rows(4, 1, 16, 0, 0, 1),
                 rows(4, 2, 8, 0, 0, 2),
                 rows(4, 2, 8, 0, 0, 4),
                 rows(4, 2, 14, 0, 0, 2),
-                rows(4, 4, 8, 0, 0, 4),
                 rows(4, 1, 8, 0, 0, 2),
                 rows(4, 1, 14, 0, 0, 2),
+                rows(2, 1, 16, 0, 0, 1),
                 tile(2, [1, 1, 8], 4, 1, 1),
                 tile(2, [1, 1, 16], 4, 1, 1),
                 tile(2, [1, 2, 4], 4, 1, 4),
@@ -165,6 +134,7 @@ fn candidates() -> Vec<([usize; 3], Vec<LinearKernel>)> {
                 tile(8, [1, 2, 2], 4, 1, 1),
                 tile(8, [1, 8, 1], 4, 1, 2),
                 tile(4, [1, 4, 2], 4, 1, 1),
+                tile(4, [2, 4, 1], 4, 1, 1),
             ],
         ),
         with(
@@ -181,53 +151,67 @@ fn candidates() -> Vec<([usize; 3], Vec<LinearKernel>)> {
                 tile(8, [1, 2, 2], 4, 1, 4),
                 tile(8, [1, 8, 1], 4, 1, 8),
                 tile(8, [1, 4, 2], 4, 0, 4),
-                tile(4, [1, 4, 2], 4, 1, 2),
-            ],
-        ),
-        with(
-            512,
-            up,
-            vec![
-                tile(16, [1, 8, 1], 2, 1, 1),
-                tile(16, [1, 8, 1], 4, 1, 1),
-                tile(16, [1, 4, 1], 4, 1, 1),
-                tile(8, [1, 4, 1], 4, 1, 1),
-                tile(8, [1, 8, 1], 4, 1, 1),
-                tile(8, [2, 4, 1], 4, 0, 1),
             ],
         ),
         with(
             512,
             down,
             vec![
-                tile(8, [1, 8, 1], 2, 1, 1),
-                tile(8, [1, 8, 1], 4, 1, 1),
-                tile(8, [1, 4, 1], 4, 1, 1),
-                tile(16, [1, 8, 1], 2, 1, 2),
                 tile(16, [1, 8, 1], 4, 1, 2),
+                tile(16, [1, 8, 1], 4, 1, 3),
+                tile(16, [1, 8, 1], 4, 1, 4),
+                tile(16, [1, 8, 1], 2, 1, 2),
                 tile(16, [1, 4, 1], 4, 1, 1),
-                tile(8, [2, 4, 1], 4, 0, 1),
             ],
         ),
-        with(4096, up, vec![tile(16, [1, 8, 1], 2, 1, 1), tile(16, [1, 8, 1], 4, 1, 1)]),
-        with(4096, down, vec![tile(16, [1, 8, 1], 2, 1, 1), tile(16, [1, 8, 1], 4, 1, 1)]),
+        with(512, up, vec![tile(16, [1, 8, 1], 4, 1, 1), tile(16, [1, 8, 1], 2, 1, 1), tile(16, [1, 4, 1], 4, 1, 1)]),
+        with(
+            4096,
+            up,
+            vec![
+                tile(16, [1, 8, 1], 2, 1, 1),
+                tile(16, [1, 4, 1], 4, 1, 1),
+                tile(8, [1, 8, 1], 4, 1, 1),
+                tile(16, [1, 8, 1], 4, 1, 1),
+                tile(8, [2, 4, 1], 4, 1, 1),
+                tile(16, [1, 4, 1], 2, 1, 1),
+            ],
+        ),
+        with(
+            4096,
+            down,
+            vec![
+                tile(16, [1, 8, 1], 2, 1, 1),
+                tile(16, [1, 4, 1], 4, 1, 1),
+                tile(8, [1, 8, 1], 4, 1, 1),
+                tile(16, [1, 8, 1], 4, 1, 1),
+            ],
+        ),
     ]
 }
 
 fn main() -> Result<()> {
-    let budget: f64 = std::env::args().nth(1).map_or(Ok(600.0), |text| text.parse()).context("SECONDS")?;
+    let mut arguments = std::env::args().skip(1);
+    let budget: f64 = arguments.next().map_or(Ok(600.0), |text| text.parse()).context("SECONDS")?;
+    let formats = match arguments.next().as_deref() {
+        None => vec![Format::Int4S4, Format::Fp4E2m1],
+        Some("int4") => vec![Format::Int4S4],
+        Some("fp4") => vec![Format::Fp4E2m1],
+        Some(other) => bail!("unknown format {other}; known: int4, fp4"),
+    };
+    let wanted = arguments.map(|text| text.parse()).collect::<Result<Vec<usize>, _>>().context("ROWS")?;
     let start = Instant::now();
     let bench = Bench::new()?;
-    let copy = bench.copy_rate()?;
-    println!("copy {:.0} GB/s", copy / 1e9);
-    let candidates = candidates();
-    for format in [Format::Int4S4, Format::Fp4E2m1] {
+    println!("copy {:.0} GB/s", bench.copy_rate()? / 1e9);
+    let mut candidates = candidates();
+    candidates.retain(|([m, ..], _)| wanted.is_empty() || wanted.contains(m));
+    for format in formats {
         for group in candidates.chunk_by(|([_, n, k], _), ([_, other_n, other_k], _)| (n, k) == (other_n, other_k)) {
             let [_, n, k] = group[0].0;
             let weights = Weights::new(&bench, format, n, k)?;
             for ([m, ..], kernels) in group {
                 // What products with many rows lose to decoding is nearly the same for both formats.
-                let tried = if format == Format::Fp4E2m1 && *m > 16 { 2 } else { kernels.len() };
+                let tried = if format == Format::Fp4E2m1 && *m > 1 { 3.min(kernels.len()) } else { kernels.len() };
                 let layer = Layer::new(&bench, &weights, *m)?;
                 for kernel in &kernels[..tried] {
                     if start.elapsed().as_secs_f64() > budget {

@@ -25,6 +25,9 @@ pub trait Measured: Backend {
     /// with it on. Returns what holds.
     fn use_graphs(&self, on: bool) -> bool;
 
+    /// Whether the caller records launches in a graph of its own: memory is then taken unchecked, a check would break it.
+    fn recorded_by_caller(&self, on: bool);
+
     /// Bytes read and written a second by plain copies of device memory; takes half a GiB of it meanwhile.
     ///
     /// # Errors
@@ -46,6 +49,10 @@ impl<R: Runtime> Measured for Gpu<R> {
 
     fn use_graphs(&self, on: bool) -> bool {
         self.steps.use_graphs(on && self.can_record())
+    }
+
+    fn recorded_by_caller(&self, on: bool) {
+        self.steps.set_recording(on);
     }
 
     fn copy_bytes_per_s(&self) -> Result<f64> {

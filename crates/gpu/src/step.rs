@@ -64,6 +64,10 @@ impl Steps {
         on
     }
 
+    pub(crate) fn set_recording(&self, on: bool) {
+        self.recording.store(on, Ordering::Relaxed);
+    }
+
     pub(crate) fn is_recording(&self) -> bool {
         self.recording.load(Ordering::Relaxed)
     }
@@ -80,7 +84,7 @@ struct Scope<'a>(&'a Steps);
 
 impl Drop for Scope<'_> {
     fn drop(&mut self) {
-        self.0.recording.store(false, Ordering::Relaxed);
+        self.0.set_recording(false);
         *lock(&self.0.position) = None;
     }
 }
@@ -184,9 +188,9 @@ impl<R: Runtime> Gpu<R> {
             let run = step().and_then(|()| self.synchronize().map_err(E::from));
             client.start_capture().map_err(failure)?;
             let before = self.counters().totals().launches;
-            self.steps.recording.store(true, Ordering::Relaxed);
+            self.steps.set_recording(true);
             let recorded = run.and_then(|()| step());
-            self.steps.recording.store(false, Ordering::Relaxed);
+            self.steps.set_recording(false);
             let graph = client.stop_capture();
             let launches = self.counters().take_back(before);
             recorded?;

@@ -5,7 +5,7 @@
 mod measure;
 
 use std::cell::RefCell;
-use std::fmt::Write;
+use std::fmt::{self, Display, Formatter};
 
 use anyhow::{Context, Result, bail};
 use marlin_formats::{DType, Format};
@@ -78,7 +78,6 @@ fn main() -> Result<()> {
         }
     }
     let report = run()?;
-    print!("{}", report.table());
     if let Some(file) = json {
         std::fs::write(&file, report.json()).with_context(|| format!("writing {file}"))?;
     }
@@ -90,6 +89,13 @@ fn run() -> Result<Report> {
     let bench = Bench::new()?;
     let copy = bench.copy_rate()?;
     let (launch, graph_launch) = bench.launch_seconds()?;
+    println!(
+        "{device}\ncopy {:.0} GB/s, empty launch {:.2} us, in a graph {:.2} us\n",
+        copy / 1e9,
+        launch * 1e6,
+        graph_launch * 1e6
+    );
+    println!("| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|");
     let (mut measured, mut attention) = (Vec::new(), Vec::new());
     for format in FORMATS {
         for (n, k) in SHAPES {
@@ -102,9 +108,12 @@ fn run() -> Result<Report> {
             measured.extend(products(&bench, copy, format, n, k, &ROWS)?);
         }
     }
+    println!("\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|");
     for context in CONTEXTS {
         for queries in [1, context] {
-            attention.push(attend(&bench, queries, context)?);
+            let measured = attend(&bench, queries, context)?;
+            println!("{measured}");
+            attention.push(measured);
         }
     }
     Ok(Report { device, copy, launch, graph_launch, products: measured, attention })
@@ -131,7 +140,7 @@ fn products(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: 
                 out: &mut out.borrow_mut(),
             })?)
         })?;
-        measured.push(Product {
+        let product = Product {
             format: format.name(),
             m,
             n,
@@ -140,7 +149,9 @@ fn products(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: 
             bytes_per_second: bytes as f64 / seconds,
             copy_share: bytes as f64 / seconds / copy,
             flops_per_second: 2.0 * (m * n * k) as f64 / seconds,
-        });
+        };
+        println!("{product}");
+        measured.push(product);
     }
     Ok(measured)
 }
@@ -179,29 +190,22 @@ fn attend(bench: &Bench, queries: usize, context: usize) -> Result<Attention> {
     Ok(Attention { queries, context, seconds, bytes_per_second, flops_per_second })
 }
 
-impl Report {
-    fn table(&self) -> String {
-        let mut text = format!(
-            "{}\ncopy {:.0} GB/s, empty launch {:.2} us, in a graph {:.2} us\n\n",
-            self.device,
-            self.copy / 1e9,
-            self.launch * 1e6,
-            self.graph_launch * 1e6,
-        );
-        text += "| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|\n";
-        for p in &self.products {
-            let (us, rate, flops) = (p.seconds * 1e6, p.bytes_per_second / 1e9, p.flops_per_second / 1e12);
-            let (format, m, n, k, share) = (p.format, p.m, p.n, p.k, p.copy_share);
-            let _ = writeln!(text, "| {format} | {m} | {n} | {k} | {us:.2} | {rate:.0} | {share:.2} | {flops:.1} |");
-        }
-        text += "\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|\n";
-        for a in &self.attention {
-            let (us, rate, flops) = (a.seconds * 1e6, a.bytes_per_second / 1e9, a.flops_per_second / 1e12);
-            let _ = writeln!(text, "| {} | {} | {us:.2} | {rate:.0} | {flops:.1} |", a.queries, a.context);
-        }
-        text
+impl Display for Product {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { format, m, n, k, copy_share, .. } = self;
+        let (us, rate, flops) = (self.seconds * 1e6, self.bytes_per_second / 1e9, self.flops_per_second / 1e12);
+        write!(f, "| {format} | {m} | {n} | {k} | {us:.2} | {rate:.0} | {copy_share:.2} | {flops:.1} |")
     }
+}
 
+impl Display for Attention {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (us, rate, flops) = (self.seconds * 1e6, self.bytes_per_second / 1e9, self.flops_per_second / 1e12);
+        write!(f, "| {} | {} | {us:.2} | {rate:.0} | {flops:.1} |", self.queries, self.context)
+    }
+}
+
+impl Report {
     fn json(&self) -> String {
         let product = |p: &Product| {
             format!(

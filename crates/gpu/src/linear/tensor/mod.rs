@@ -156,32 +156,36 @@ pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Opti
     })
 }
 
-/// About 4096 planes in all, and two tiles where rows of x are read as often as weights.
+/// 32 planes a core in all, and two tiles where rows of x are read as often as weights.
 fn few_rows(cores: usize, m: usize, n: usize, k: usize) -> TensorRows {
     let wide = m > 8 && n.is_multiple_of(64) && n / 64 >= cores;
-    let tiles = if wide { 2 } else { 1 };
-    let cubes = n / (32 * tiles);
-    let planes = (32 * cores / cubes.max(1)).next_power_of_two().clamp(8, if m > 8 { 16 } else { 32 });
-    let planes = planes.min((k / BLOCK).next_power_of_two());
-    TensorRows { columns: 4, tiles, planes: if wide { 8 } else { planes }, prefetch: false, staged: false, slices: 1 }
+    let blocks = k / BLOCK;
+    let wanted = (32 * cores / (n / 32)).max(1);
+    let planes = if m > 8 {
+        // So that all planes have as many turns.
+        let even = |planes: &usize| blocks.is_multiple_of(*planes);
+        (8..=wanted.clamp(8, 28)).rev().find(even).unwrap_or(8)
+    } else {
+        let least = if m <= 1 && k < 8192 { 4 } else { 8 };
+        1 << wanted.clamp(least, 32).ilog2()
+    };
+    let (tiles, planes) = if wide { (2, 8) } else { (1, planes) };
+    let planes = planes.min(blocks.next_power_of_two());
+    // A longer row would take shared memory from other cubes.
+    TensorRows { columns: 4, tiles, planes, prefetch: false, staged: m == 1 && k <= 16_384, slices: 1 }
 }
 
-/// Tall tiles while they fill the device, otherwise lower ones or slices of K.
+/// Tall tiles while they, or slices of K, fill the device, otherwise lower ones.
 fn tile(cores: usize, m: usize, n: usize, k: usize) -> TensorTile {
     let fits = |planes: &usize| n.is_multiple_of(32 * planes);
     let planes_n = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
     let cubes = |tile: TensorTile| m.div_ceil(tile.rows()) * n / tile.columns();
-    if m <= 64 {
-        let row_blocks = if m <= 32 { 4 } else { 8 };
-        let planes_n = planes_n.min(4);
-        let tile = TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps: 4, rescale: true, slices: 1 };
-        return TensorTile { slices: slices(cores, cubes(tile), k), ..tile };
-    }
-    let tile = TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps: 2, rescale: true, slices: 1 };
-    if cubes(tile) >= cores {
-        return tile;
-    }
-    let tile = TensorTile { row_blocks: 8, ..tile };
+    let tile = if m <= 64 {
+        let (row_blocks, planes_n) = (if m <= 32 { 4 } else { 8 }, planes_n.min(4));
+        TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps: 4, rescale: false, slices: 1 }
+    } else {
+        TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps: 4, rescale: true, slices: 1 }
+    };
     TensorTile { slices: slices(cores, cubes(tile), k), ..tile }
 }
 

@@ -171,6 +171,7 @@ fn multiply_rows<F: Float, W: Size, S: Size, H: Numeric, O: Numeric>(
                 z[i] = next_z[i];
             }
         } else {
+            let magic = after_loads::<W, S>(magic, &w, &s, c);
             multiply_block::<F, W, S>(&w, &xv, &s, &z, &mut sums, magic, c);
         }
         block = next;
@@ -227,6 +228,33 @@ fn load_weights<W: Size, S: Size>(
             }
         }
     }
+}
+
+/// `magic`, but known only after a block's words and scales: otherwise the compiler sinks the loads of E2M1 weights to where
+/// each is decoded, and they wait for one another.
+#[cube]
+fn after_loads<W: Size, S: Size>(
+    magic: u32,
+    w: &Array<Vector<u32, W>>,
+    s: &Array<Vector<u32, S>>,
+    #[comptime] c: RowsConfig,
+) -> u32 {
+    let mut after = magic;
+    // With more rows, registers would spill.
+    if comptime!(c.code == Code::Fp4 && c.row_blocks == 1) {
+        let mut any = w[0].extract(0usize);
+        #[unroll]
+        for i in 1..comptime!(c.words()) {
+            any |= w[i].extract(0usize);
+        }
+        #[unroll]
+        for i in 0..comptime!(c.scales()) {
+            any |= s[i].extract(0usize);
+        }
+        // Nothing is added: the last bit of `magic` is 0.
+        after = magic | (any & (magic << 31u32));
+    }
+    after
 }
 
 /// Loads a lane's x of a block: eight features of one row for each step and row block.
