@@ -8,6 +8,16 @@ use crate::input::{Output, floats};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance};
 
+/// What the factors after the transform belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Factors {
+    Channels,
+    Rows,
+    Elements,
+    /// Bad.
+    RowsAndOne,
+}
+
 struct HadamardCase {
     rows: usize,
     blocks: usize,
@@ -16,6 +26,8 @@ struct HadamardCase {
     normalize: bool,
     transpose: bool,
     scales: bool,
+    /// Factors after the transform for each row, or each element, instead of each channel.
+    after: Factors,
     /// Row r of each block is one-hot at channel r: exact unless normalised.
     impulses: bool,
     surplus_columns: usize,
@@ -29,6 +41,7 @@ const HADAMARD: HadamardCase = HadamardCase {
     normalize: true,
     transpose: false,
     scales: false,
+    after: Factors::Channels,
     impulses: false,
     surplus_columns: 0,
 };
@@ -40,7 +53,8 @@ impl Case for HadamardCase {
         let HadamardCase { rows, blocks, block, kind, normalize, transpose, scales, .. } = self;
         let shape = format!("[{rows}, {blocks} x {block}] {kind:?}");
         let impulses = if self.impulses { " impulses" } else { "" };
-        format!("{shape} normalize={normalize} transpose={transpose} scales={scales}{impulses}")
+        let after = if self.after == Factors::Channels { String::new() } else { format!(" {:?}", self.after) };
+        format!("{shape} normalize={normalize} transpose={transpose} scales={scales}{after}{impulses}")
     }
 
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
@@ -54,7 +68,13 @@ impl Case for HadamardCase {
         }
         let mut x = floats(b, &[self.rows, columns], &x)?;
         let before = floats(b, &[columns], &random.normals(columns))?;
-        let after = floats(b, &[columns], &random.normals(columns))?;
+        let after_dims = match self.after {
+            Factors::Channels => vec![columns],
+            Factors::Rows => vec![self.rows, 1],
+            Factors::Elements => vec![self.rows, columns],
+            Factors::RowsAndOne => vec![self.rows + 1, 1],
+        };
+        let after = floats(b, &after_dims, &random.normals(after_dims.iter().product()))?;
         b.hadamard(HadamardArgs {
             x: &mut x,
             block: self.block,
@@ -99,6 +119,13 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     for (block, kind) in [(64, True), (128, True), (96, BlockDiagonal), (160, True)] {
         runner.check(&HadamardCase { block, kind, scales: true, ..HADAMARD });
     }
+    for after in [Factors::Rows, Factors::Elements] {
+        for (rows, block, kind) in [(5, 64, True), (64, 64, True), (3, 96, BlockDiagonal), (3, 16_384, True)] {
+            runner.check(&HadamardCase { rows, block, kind, scales: true, after, ..HADAMARD });
+        }
+    }
+    let case = HadamardCase { scales: true, after: Factors::RowsAndOne, ..HADAMARD };
+    runner.refuse("factors for a row too many", &case, Refusal::Shape("scale_after"));
     for (rows, blocks) in [(1, 1), (17, 5), (0, 1), (130, 1)] {
         runner.check(&HadamardCase { rows, blocks, ..HADAMARD });
     }

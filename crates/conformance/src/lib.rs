@@ -7,6 +7,7 @@
 
 mod attention;
 mod attention_paged;
+mod attention_reduce;
 pub mod audit;
 mod case;
 mod convert;
@@ -15,13 +16,16 @@ mod device;
 mod hadamard;
 mod input;
 mod linear;
+mod linear_batched;
 mod mla;
 mod moe;
+mod moe_grouped;
 mod norm;
 mod random;
 mod report;
 mod rope;
 mod sampling;
+mod sampling_draws;
 pub mod tolerance;
 mod weight;
 
@@ -134,17 +138,27 @@ fn run_families<B: Backend>(runner: &mut Runner<'_, B>, families: &[Family]) {
         runner.enter(family);
         match family {
             Family::Device => device::run(runner),
-            Family::Linear => linear::run(runner),
+            Family::Linear => {
+                linear::run(runner);
+                linear_batched::run(runner);
+            }
             Family::Norm => norm::run(runner),
             Family::Rope => rope::run(runner),
             Family::Attention => {
                 attention::run(runner);
                 mla::run(runner);
                 attention_paged::run(runner);
+                attention_reduce::run(runner);
             }
-            Family::Moe => moe::run(runner),
+            Family::Moe => {
+                moe::run(runner);
+                moe_grouped::run(runner);
+            }
             Family::Hadamard => hadamard::run(runner),
-            Family::Sampling => sampling::run(runner),
+            Family::Sampling => {
+                sampling::run(runner);
+                sampling_draws::run(runner);
+            }
             Family::Convert => {
                 convert::run(runner);
                 dequantize::run(runner);

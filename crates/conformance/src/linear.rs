@@ -49,7 +49,7 @@ enum Input {
 
 /// The values at which epilogues are tested. The limit of the GELU forms at -inf is left open: their formulas give
 /// NaN there.
-fn special_values(activation: Activation) -> Vec<f32> {
+pub(crate) fn special_values(activation: Activation) -> Vec<f32> {
     let mut values = vec![0.0, f32::INFINITY, f32::NAN];
     values.extend([1e-8, 0.5, 1.0, 10.0, 88.8, 1e4].into_iter().flat_map(|v: f32| [v, -v]));
     values.push(-0.0);
@@ -163,7 +163,7 @@ pub(crate) fn slope(activation: Activation, size: f64) -> f64 {
 }
 
 /// Whether an activation goes through exp, tanh or erf.
-fn transcendental(activation: Activation) -> bool {
+pub(crate) fn transcendental(activation: Activation) -> bool {
     !matches!(activation, Activation::None | Activation::Relu | Activation::Relu2)
 }
 
@@ -267,7 +267,7 @@ impl Case for LinearCase {
 }
 
 /// A single product with weight 1, so that the epilogue's argument is x itself.
-fn special_tolerance(activation: Activation) -> Tolerance {
+pub(crate) fn special_tolerance(activation: Activation) -> Tolerance {
     if activation == Activation::Relu2 {
         // One correct rounding of the square.
         return Tolerance::Elements { ulps: 0.0, relative: U32, absolute: vec![] };

@@ -156,7 +156,7 @@ impl Case for RouteCase {
 
 /// Which experts tokens go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Spread {
+pub(crate) enum Spread {
     /// Any.
     All,
     /// Only experts of the middle half.
@@ -168,7 +168,7 @@ enum Spread {
 }
 
 impl Spread {
-    fn ids(self, tokens: usize, top_k: usize, experts: usize, random: &mut Random) -> Vec<u32> {
+    pub(crate) fn ids(self, tokens: usize, top_k: usize, experts: usize, random: &mut Random) -> Vec<u32> {
         let mut ids: Vec<u32> = (0..tokens)
             .flat_map(|_| match self {
                 Spread::Middle => {

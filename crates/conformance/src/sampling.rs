@@ -13,7 +13,7 @@ use crate::tolerance::{self, Tolerance, U32};
 
 /// A row of logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Logits {
+pub(crate) enum Logits {
     /// Normal times this, in steps of 1/64: some ties.
     Normal(f32),
     Equal,
@@ -32,7 +32,7 @@ enum Logits {
 }
 
 impl Logits {
-    fn row(self, vocab: usize, random: &mut Random) -> Vec<f32> {
+    pub(crate) fn row(self, vocab: usize, random: &mut Random) -> Vec<f32> {
         let factor = if let Logits::Normal(factor) = self { factor } else { 1.0 };
         let mut row: Vec<f32> = random.normals(vocab).into_iter().map(|v| (v * factor * 64.0).round() / 64.0).collect();
         match self {
@@ -169,7 +169,7 @@ fn sample(filter: SampleFilter) -> SampleCase {
     SampleCase { draws: 20, vocab: 1000, logits: Logits::Normal(2.0), filter, chi_square: false, surplus_steps: 0 }
 }
 
-const SEED: u64 = 0x0123_4567_89AB_CDEF;
+pub(crate) const SEED: u64 = 0x0123_4567_89AB_CDEF;
 
 /// Inputs of a [`SampleCase`].
 struct SampleInputs {

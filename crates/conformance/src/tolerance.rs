@@ -63,6 +63,9 @@ pub const ROUTE_WEIGHT: f64 = 2e-6;
 /// moe_route: ids are compared where decisions are at least this far apart.
 pub const ROUTE_MARGIN: f64 = 1e-5;
 
+/// moe_aux_loss: relative error of loads and loss.
+pub const AUX_LOSS: f64 = 1e-5;
+
 /// moe_combine: relF per token.
 pub const COMBINE: f64 = 2e-6;
 
@@ -74,6 +77,9 @@ pub const LOGITS_ULPS: f64 = 2.0;
 
 /// sample_filtered: draws are compared where decisions are at least this far apart in probability.
 pub const SAMPLE_MARGIN: f64 = 1e-6;
+
+/// sample_gumbel: draws are compared where the two largest values with noise are at least this far apart.
+pub const GUMBEL_MARGIN: f64 = 1e-5;
 
 /// Upper 0.1 % point of chi-square with 7 degrees of freedom.
 pub const CHI_SQUARE_7: f64 = 24.32;

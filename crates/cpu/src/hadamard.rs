@@ -89,8 +89,9 @@ impl HadamardOps for Cpu {
         };
         let before = optional_f32s(OP, "scale_before", args.scale_before)?;
         let after = optional_f32s(OP, "scale_after", args.scale_after)?;
+        let [row_stride, column_stride] = args.after_strides().unwrap_or_default();
         let x = f32s_mut(OP, "x", args.x)?;
-        self.for_rows(x, columns, |_, row| {
+        self.for_rows(x, columns, |i, row| {
             multiply(row, before);
             for block in row.chunks_exact_mut(args.block) {
                 for &(start, len) in &parts {
@@ -98,7 +99,10 @@ impl HadamardOps for Cpu {
                     transform_part(part, paley.as_ref(), args.normalize);
                 }
             }
-            multiply(row, after);
+            match after {
+                Some(after) if column_stride == 0 => row.iter_mut().for_each(|v| *v *= after[i]),
+                _ => multiply(row, after.map(|after| &after[i * row_stride..])),
+            }
         });
         Ok(())
     }

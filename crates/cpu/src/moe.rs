@@ -3,12 +3,15 @@
 //! Few tokens: one task per (token, slot) and stretch of columns, so that decoding reads only the chosen experts. Many
 //! tokens: assignments sorted by expert, one task per expert and block of rows. Both give the same bits.
 
+mod aux_loss;
+mod grouped;
+
 use std::ops::Range;
 
 use marlin_ops::linear::Activation;
 use marlin_ops::moe::{
-    CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, RouteArgs, Routing, Scoring, duplicate_expert_error,
-    expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
+    AuxLossArgs, CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, GroupedGemmArgs, RouteArgs, Routing, Scoring,
+    duplicate_expert_error, expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
 };
 use marlin_ops::{MoeOps, Result};
 
@@ -453,5 +456,13 @@ impl MoeOps for Cpu {
             self.level.run(Combine { addend, start: t * columns, weights, row, out });
         });
         Ok(())
+    }
+
+    fn run_moe_aux_loss(&self, args: AuxLossArgs<'_, Self>) -> Result<()> {
+        aux_loss::moe_aux_loss(self, args)
+    }
+
+    fn run_moe_grouped_gemm(&self, args: GroupedGemmArgs<'_, Self>) -> Result<()> {
+        grouped::moe_grouped_gemm(self, args)
     }
 }

@@ -2,12 +2,15 @@
 
 use std::cmp::Ordering;
 
-use marlin_ops::rng::{Stream, random_word, uniform};
-use marlin_ops::sampling::{LogitsProcessArgs, SampleArgs, SampleFilter, bad_logit_error, empty_logits_error};
+use marlin_ops::rng::{Stream, gumbel, philox4x32, random_word, uniform};
+use marlin_ops::sampling::{
+    DrawArgs, LogitsProcessArgs, SampleArgs, SampleFilter, bad_logit_error, bad_probability_error, empty_logits_error,
+    no_probability_error,
+};
 use marlin_ops::{Result, SamplingOps, Tensor};
 
 use crate::Cpu;
-use crate::buffer::{f32s, f32s_mut, u32s_mut};
+use crate::buffer::{Floats, f32s, f32s_mut, u32s_mut};
 
 /// First number of candidates that is sorted.
 const FIRST_SORTED: usize = 256;
@@ -144,6 +147,59 @@ fn check_row(operation: &'static str, row: usize, logits: &[f32]) -> Result<usiz
     Ok(best)
 }
 
+/// The first id whose cumulative probability exceeds `u` of the whole.
+fn draw_by_cdf(row: usize, probabilities: &[f32], u: f64) -> Result<u32> {
+    if let Some(id) = probabilities.iter().position(|p| !(*p >= 0.0 && p.is_finite())) {
+        return Err(bad_probability_error(row, id, f64::from(probabilities[id])));
+    }
+    let threshold = u * probabilities.iter().map(|p| f64::from(*p)).sum::<f64>();
+    let (mut cumulative, mut last) = (0.0, None);
+    for (id, p) in (0..).zip(probabilities).filter(|(_, p)| **p > 0.0) {
+        cumulative += f64::from(*p);
+        last = Some(id);
+        if cumulative > threshold {
+            break;
+        }
+    }
+    last.ok_or_else(|| no_probability_error(row))
+}
+
+/// The id of the largest logit with noise; the logits are checked.
+fn draw_by_gumbel(logits: &[f32], seed: u64, row: u32, step: u32) -> u32 {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let (mut best, mut id) = (f64::NEG_INFINITY, 0);
+    for (block, logits) in (0..).zip(logits.chunks(4)) {
+        let words = philox4x32(key, [block, row, step, Stream::Gumbel as u32]);
+        for (i, (&l, word)) in (0..).zip(logits.iter().zip(words)) {
+            let value = f64::from(l) + gumbel(word);
+            if value > best {
+                (best, id) = (value, 4 * block + i);
+            }
+        }
+    }
+    id
+}
+
+impl Cpu {
+    /// One draw per row of any float dtype.
+    fn draw_rows(
+        &self,
+        operation: &'static str,
+        operand: &str,
+        args: DrawArgs<'_, Self>,
+        draw: impl Fn(usize, &[f32]) -> Result<u32>,
+    ) -> Result<()> {
+        let columns = args.values.columns();
+        let values = Floats::of(operation, operand, args.values)?;
+        let mut row = self.workspace.floats.take(columns);
+        for (r, id) in u32s_mut(operation, "ids", args.ids)?.iter_mut().enumerate() {
+            values.widen(self.level, r * columns, &mut row);
+            *id = draw(r, &row)?;
+        }
+        Ok(())
+    }
+}
+
 impl SamplingOps for Cpu {
     fn run_argmax(&self, logits: &Tensor<Self>, ids: &mut Tensor<Self>) -> Result<()> {
         const OP: &str = "argmax";
@@ -215,5 +271,22 @@ impl SamplingOps for Cpu {
             *id = self.workspace.candidates.lend(|items| sample_row(row, args.filter, uniform(word), items));
         }
         Ok(())
+    }
+
+    fn run_sample_categorical(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        let (seed, rows, steps) = (args.seed, args.rows, args.steps);
+        self.draw_rows("sample_categorical", "probabilities", args, |r, probabilities| {
+            let word = random_word(seed, Stream::Categorical, rows[r], steps[r], 0);
+            draw_by_cdf(r, probabilities, uniform(word))
+        })
+    }
+
+    fn run_sample_gumbel(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "sample_gumbel";
+        let (seed, rows, steps) = (args.seed, args.rows, args.steps);
+        self.draw_rows(OP, "logits", args, |r, logits| {
+            check_row(OP, r, logits)?;
+            Ok(draw_by_gumbel(logits, seed, rows[r], steps[r]))
+        })
     }
 }

@@ -47,6 +47,26 @@ pub(crate) enum Fault {
     SoftmaxLogit,
     /// `softmax`: row.
     SoftmaxEmpty,
+    /// `attention_split_reduce`: row.
+    SplitEmpty,
+    /// `moe_aux_loss`: token.
+    AuxLogit,
+    /// `moe_aux_loss`: index of the assignment.
+    AuxId,
+    /// `moe_aux_loss`: 0.
+    AuxMask,
+    /// `moe_grouped_gemm`: index of the offset.
+    Offsets,
+    /// `moe_grouped_gemm`: row.
+    Permutation,
+    /// `sample_categorical`: index of the probability.
+    Probability,
+    /// `sample_categorical`: row.
+    NoProbability,
+    /// `sample_gumbel`: index of the logit.
+    GumbelLogit,
+    /// `sample_gumbel`: row.
+    GumbelEmpty,
 }
 
 /// Slots of a record.
@@ -55,7 +75,7 @@ pub(crate) const SLOTS: usize = 32;
 /// An empty record.
 pub(crate) const CLEAR: [u32; SLOTS] = [u32::MAX; SLOTS];
 
-const ALL: [Fault; 19] = [
+const ALL: [Fault; 29] = [
     Fault::EmbeddingId,
     Fault::EmptyRow,
     Fault::ArgmaxLogit,
@@ -75,6 +95,16 @@ const ALL: [Fault; 19] = [
     Fault::ValueRow,
     Fault::SoftmaxLogit,
     Fault::SoftmaxEmpty,
+    Fault::SplitEmpty,
+    Fault::AuxLogit,
+    Fault::AuxId,
+    Fault::AuxMask,
+    Fault::Offsets,
+    Fault::Permutation,
+    Fault::Probability,
+    Fault::NoProbability,
+    Fault::GumbelLogit,
+    Fault::GumbelEmpty,
 ];
 
 /// Records `fault` at `index`.
@@ -106,6 +136,22 @@ pub(crate) fn error(record: &[u32]) -> Option<OpError> {
         Fault::ValueRow => marlin_ops::attention::unstorable_error("v", *index as usize),
         Fault::SoftmaxLogit => logit("softmax", *index),
         Fault::SoftmaxEmpty => marlin_ops::sampling::empty_logits_error("softmax", *index as usize),
+        Fault::SplitEmpty => {
+            let reason = format!("of row {index} are -inf in every partition: no key");
+            OpError::value("attention_split_reduce", "max", reason)
+        }
+        Fault::AuxLogit => marlin_ops::moe::aux_logit_error(*index as usize),
+        Fault::AuxId => marlin_ops::moe::aux_id_error(*index as usize),
+        Fault::AuxMask => marlin_ops::moe::no_token_error(),
+        Fault::Offsets => marlin_ops::moe::offsets_error(*index as usize),
+        Fault::Permutation => marlin_ops::moe::permutation_error(*index as usize),
+        Fault::Probability => {
+            let reason = format!("element {index} is negative or not finite");
+            OpError::value("sample_categorical", "probabilities", reason)
+        }
+        Fault::NoProbability => marlin_ops::sampling::no_probability_error(*index as usize),
+        Fault::GumbelLogit => logit("sample_gumbel", *index),
+        Fault::GumbelEmpty => marlin_ops::sampling::empty_logits_error("sample_gumbel", *index as usize),
     })
 }
 
@@ -124,7 +170,8 @@ mod tests {
             let mut record = CLEAR;
             assert!(error(&record).is_none());
             record[slot] = 7;
-            assert!(error(&record).unwrap().to_string().contains('7'));
+            let message = error(&record).unwrap().to_string();
+            assert!(message.contains('7') || fault == Fault::AuxMask, "{message}");
         }
     }
 }

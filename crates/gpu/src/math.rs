@@ -31,6 +31,39 @@ pub(crate) fn exp_of_sum(high: f32, low: f32) -> f32 {
     select(x < -104.0f32, f32::new(0.0), result)
 }
 
+/// ln x for a normal x > 0, within about 1 ulp also next to x = 1: x = m 2^e with m in [sqrt 1/2, sqrt 2), a polynomial of
+/// degree 8 in m - 1 (Cephes, logf), ln 2 in two parts.
+#[cube]
+pub(crate) fn ln(x: f32) -> f32 {
+    let bits = u32::reinterpret(x);
+    let fraction = f32::reinterpret((bits & 0x007f_ffffu32) | 0x3f00_0000u32);
+    let low = fraction < core::f32::consts::FRAC_1_SQRT_2;
+    let exponent = f32::cast_from(bits >> 23u32) - select(low, f32::new(127.0), f32::new(126.0));
+    let m = select(low, fraction + fraction, fraction) - 1.0f32;
+    let square = m * m;
+    let mut p = f32::new(7.037_683_6e-2);
+    p = p * m - 1.151_461_03e-1f32;
+    p = p * m + 1.167_699_87e-1f32;
+    p = p * m - 1.242_014_08e-1f32;
+    p = p * m + 1.424_932_28e-1f32;
+    p = p * m - 1.666_805_77e-1f32;
+    p = p * m + 2.000_071_48e-1f32;
+    p = p * m - 2.499_999_4e-1f32;
+    p = p * m + 3.333_333_1e-1f32;
+    let rest = p * m * square + exponent * -2.121_944_4e-4f32 - 0.5f32 * square;
+    m + rest + exponent * 0.693_359_375f32
+}
+
+/// -ln(1 - u) for u in [0, 1/2]: the error of 1 - u is taken back by the factor u / (1 - (1 - u)).
+#[cube]
+pub(crate) fn ln_1p_negative(u: f32) -> f32 {
+    let rest = 1.0f32 - u;
+    let lost = 1.0f32 - rest;
+    let series = u + u * u * (0.5f32 + u * 0.333_333_34f32);
+    let quotient = -ln(rest) * (u / select(lost == 0.0f32, f32::new(1.0), lost));
+    select(u < 2.441_406_3e-4f32, series, quotient)
+}
+
 /// 2^n for an integer n in [-126, 127].
 #[cube]
 fn power_of_two(n: f32) -> f32 {

@@ -1,16 +1,18 @@
 //! Attention over contiguous caches, and multi-head latent attention (operations.md sections 3 and 4:
-//! attention_fused, attention_decode, kv_cache_write, mla_attention_prefill, mla_attention_decode).
+//! attention_fused, attention_decode, attention_split_reduce, kv_cache_write, mla_attention_prefill, mla_attention_decode).
 //!
 //! Query i of a sequence has the absolute position `p = i + kv_len - Sq` (bottom-right alignment), so chunked prefill
 //! and decode are the same operation.
 
 mod kv_format;
 mod paged;
+mod reduce;
 
 pub use kv_format::KvFormat;
 pub use paged::{
     KvPages, PADDING, PagedAttentionArgs, PagedAttentionOps, PagedWriteArgs, block_error, unstorable_error,
 };
+pub use reduce::{SplitReduceArgs, empty_partitions_error};
 
 use crate::profile::{self, Arithmetic, Cost, Operation};
 use crate::{Device, Linear, OpError, Result, Tensor, check};
@@ -241,6 +243,10 @@ pub trait AttentionOps: Device {
     /// Body of [`AttentionOps::mla_decode`]; arguments are checked.
     fn run_mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()>;
 
+    /// Body of [`AttentionOps::attention_split_reduce`]; arguments are checked. Rows without a key are the backend's
+    /// error ([`empty_partitions_error`]).
+    fn run_attention_split_reduce(&self, args: SplitReduceArgs<'_, Self>) -> Result<()>;
+
     /// Attention of new queries over a cache that already holds their keys: prefill, chunked prefill and decode.
     fn attention(&self, args: AttentionArgs<'_, Self>) -> Result<()> {
         check_attention(&args)?;
@@ -305,6 +311,16 @@ pub trait AttentionOps: Device {
         }
         let operation = Operation::new(FAMILY, OP).with_weights(args.kv_b.format_name());
         profile::run(self, operation, args, |args| args.cost(true), Self::run_mla_decode)
+    }
+
+    /// Joins the partial sums of an attention whose keys were split.
+    fn attention_split_reduce(&self, args: SplitReduceArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        if args.out.elements() == 0 {
+            return Ok(());
+        }
+        let operation = Operation::new(FAMILY, reduce::OP);
+        profile::run(self, operation, args, SplitReduceArgs::cost, Self::run_attention_split_reduce)
     }
 }
 

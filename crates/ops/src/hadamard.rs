@@ -27,8 +27,24 @@ pub struct HadamardArgs<'a, D: Device> {
     pub transpose: bool,
     /// `[C]` factors applied before.
     pub scale_before: Option<&'a Tensor<D>>,
-    /// `[C]` factors applied after.
+    /// Factors applied after: `[C]` one for each channel, `[rows, 1]` for each row, `[rows, C]` for each element.
     pub scale_after: Option<&'a Tensor<D>>,
+}
+
+impl<D: Device> HadamardArgs<'_, D> {
+    /// `[r, c]` where the factor of row i and channel j after the transform is number `i r + j c` of `scale_after`;
+    /// `[0, 0]` without factors. None where their shape fits neither rows nor channels.
+    pub fn after_strides(&self) -> Option<[usize; 2]> {
+        let Some(scale) = self.scale_after else { return Some([0, 0]) };
+        let (rows, columns) = (self.x.rows(), self.x.columns());
+        match *scale.dims() {
+            [c] if c == columns => Some([0, 1]),
+            _ if scale.rows() != rows => None,
+            [.., c] if c == columns => Some([columns, 1]),
+            [_, .., 1] => Some([1, 0]),
+            _ => None,
+        }
+    }
 }
 
 /// The parts `(offset, length)` that one block is transformed in, or none if the order is not supported.
@@ -104,11 +120,17 @@ pub trait HadamardOps: Device {
             let expected = format!("columns a multiple of {}", args.block);
             return Err(OpError::shape(OP, "x", args.x.dims(), expected));
         }
-        for (name, scale) in [("scale_before", args.scale_before), ("scale_after", args.scale_after)] {
-            if let Some(scale) = scale {
-                check::dims(OP, name, scale, &[columns])?;
-                check::float(OP, name, scale)?;
+        if let Some(scale) = args.scale_before {
+            check::dims(OP, "scale_before", scale, &[columns])?;
+            check::float(OP, "scale_before", scale)?;
+        }
+        if let Some(scale) = args.scale_after {
+            if args.after_strides().is_none() {
+                let rows = args.x.rows();
+                let expected = format!("[{columns}], [{rows}, 1] or [{rows}, {columns}]");
+                return Err(OpError::shape(OP, "scale_after", scale.dims(), expected));
             }
+            check::float(OP, "scale_after", scale)?;
         }
         if args.x.elements() == 0 {
             return Ok(());

@@ -34,4 +34,4 @@ pub use norm::NormOps;
 pub use rope::RopeOps;
 pub use sampling::SamplingOps;
 pub use tensor::{HostTensor, MAX_RANK, Shape, Tensor};
-pub use weight::{ExpertStack, ExpertWeights, Linear, Weight, WeightData};
+pub use weight::{ExpertProjection, ExpertStack, ExpertWeights, Linear, Weight, WeightData};

@@ -1,5 +1,11 @@
 //! Linear layers, gated products and embedding look-up (operations.md: linear_dense, linear_quant, gemv_quant,
-//! epilogue_apply, linear_norm, linear_norm_qkv, gated_up).
+//! epilogue_apply, gemm_batched, linear_norm, linear_norm_qkv, gated_up).
+
+mod batched;
+mod epilogue;
+
+pub use batched::{BatchStrides, BatchedMatrix, BatchedShape, BatchedWeight, GemmBatchedArgs};
+pub use epilogue::EpilogueArgs;
 
 use marlin_formats::DType;
 
@@ -234,6 +240,12 @@ pub trait LinearOps: Device {
     /// error to raise ([`embedding_id_error`]).
     fn run_embedding(&self, args: EmbeddingArgs<'_, Self>) -> Result<()>;
 
+    /// Body of [`LinearOps::gemm_batched`]; arguments are checked.
+    fn run_gemm_batched(&self, args: GemmBatchedArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`LinearOps::apply_epilogue`]; arguments are checked.
+    fn run_apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()>;
+
     /// A linear layer with its epilogue. M = 0 writes nothing; K = 0 gives the epilogue of 0.
     fn linear(&self, args: LinearArgs<'_, Self>) -> Result<()> {
         const OP: &str = "linear";
@@ -300,6 +312,26 @@ pub trait LinearOps: Device {
         }
         let operation = Operation::new(FAMILY, OP).with_weights(args.table.format_name());
         profile::run(self, operation, args, EmbeddingArgs::cost, Self::run_embedding)
+    }
+
+    /// Products of the matrices of a batch, broadcast and grouped by strides. B, H, M or N = 0 writes nothing; K = 0
+    /// gives the activation of 0.
+    fn gemm_batched(&self, args: GemmBatchedArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        if args.shape.is_empty() {
+            return Ok(());
+        }
+        let operation = Operation::new(FAMILY, batched::OP).with_weights(args.weight.format_name());
+        profile::run(self, operation, args, GemmBatchedArgs::cost, Self::run_gemm_batched)
+    }
+
+    /// Bias, activation, scale and residual of a product that is stored already.
+    fn apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        if args.x.elements() == 0 {
+            return Ok(());
+        }
+        profile::run(self, Operation::new(FAMILY, epilogue::OP), args, EpilogueArgs::cost, Self::run_apply_epilogue)
     }
 }
 

@@ -1,5 +1,11 @@
 //! Mixture of experts (operations.md section 6). Assignment `a = t k + s` is slot s of token t.
 
+mod aux_loss;
+mod grouped;
+
+pub use aux_loss::{AuxLossArgs, aux_id_error, aux_logit_error, no_token_error};
+pub use grouped::{GroupedGemmArgs, RowOrder, offsets_error, permutation_error};
+
 use marlin_formats::DType;
 
 use crate::linear::{Activation, Residual};
@@ -157,6 +163,14 @@ pub trait MoeOps: Device {
     /// ([`inverse_index_error`]).
     fn run_moe_combine(&self, args: CombineArgs<'_, Self>) -> Result<()>;
 
+    /// Body of [`MoeOps::moe_aux_loss`]; shapes are checked. Bad logits and ids, and a mask that leaves no token, are
+    /// the backend's errors ([`aux_logit_error`], [`aux_id_error`], [`no_token_error`]).
+    fn run_moe_aux_loss(&self, args: AuxLossArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`MoeOps::moe_grouped_gemm`]; shapes are checked, ids as in [`MoeOps::run_moe_group`]. Bad offsets and
+    /// permutations are the backend's errors ([`offsets_error`], [`permutation_error`]).
+    fn run_moe_grouped_gemm(&self, args: GroupedGemmArgs<'_, Self>) -> Result<()>;
+
     /// Expert choice and weights from router logits.
     fn moe_route(&self, args: RouteArgs<'_, Self>) -> Result<()> {
         const OP: &str = "moe_route";
@@ -250,6 +264,17 @@ pub trait MoeOps: Device {
             return Ok(());
         }
         profile::run(self, Operation::new(FAMILY, OP), args, CombineArgs::cost, Self::run_moe_combine)
+    }
+
+    /// The load-balancing loss and what it is made of.
+    fn moe_aux_loss(&self, args: AuxLossArgs<'_, Self>) -> Result<()> {
+        args.check()?;
+        profile::run(self, Operation::new(FAMILY, aux_loss::OP), args, AuxLossArgs::cost, Self::run_moe_aux_loss)
+    }
+
+    /// Products of rows with one weight of their experts. No rows: nothing is written.
+    fn moe_grouped_gemm(&self, args: GroupedGemmArgs<'_, Self>) -> Result<()> {
+        args.run(self, Self::run_moe_grouped_gemm)
     }
 }
 

@@ -36,6 +36,12 @@ pub fn random_word(seed: u64, stream: Stream, row: u32, step: u32, index: u32) -
     philox4x32(key, [index / 4, row, step, stream as u32])[(index % 4) as usize]
 }
 
+/// Gumbel noise `-ln(-ln(1 - U))` of a random word, `U = min((word + 1/2) 2^-32, 1 - 2^-24)`: from -2.8 to 22.9.
+pub fn gumbel(word: u32) -> f64 {
+    let u = ((f64::from(word) + 0.5) / 4_294_967_296.0).min(1.0 - 1.0 / 16_777_216.0);
+    -(-(-u).ln_1p()).ln()
+}
+
 /// A uniform value in [0, 1) with 32 random bits.
 pub fn uniform(word: u32) -> f64 {
     f64::from(word) / 4_294_967_296.0
@@ -53,6 +59,14 @@ mod tests {
             philox4x32([0xa4093822, 0x299f31d0], [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    #[test]
+    fn gumbel_limits() {
+        // U = 2^-33, 1/2 and 1 - 2^-24.
+        for (word, expected) in [(0, 33.0 * 2f64.ln()), (1 << 31, 0.366_512_920_3), (u32::MAX, -2.811_540_9)] {
+            assert!((gumbel(word) - expected).abs() < 1e-6, "{word}: {}", gumbel(word));
+        }
     }
 
     #[test]

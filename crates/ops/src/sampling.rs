@@ -1,4 +1,4 @@
-//! Sampling (operations.md section 7): argmax, logits processing, filtered draws.
+//! Sampling (operations.md section 7): argmax, logits processing, filtered draws, draws by cdf and by Gumbel noise.
 
 use marlin_formats::DType;
 
@@ -72,6 +72,33 @@ pub struct SampleArgs<'a, D: Device> {
     pub ids: &'a mut Tensor<D>,
 }
 
+/// Draws one id per row without filters.
+pub struct DrawArgs<'a, D: Device> {
+    /// `[R, V]`: probabilities, or logits.
+    pub values: &'a Tensor<D>,
+    /// Key of the generator.
+    pub seed: u64,
+    /// Row id of each row (request), `[R]`.
+    pub rows: &'a [u32],
+    /// Position in the request of each row, `[R]`.
+    pub steps: &'a [u32],
+    /// `[R]` U32.
+    pub ids: &'a mut Tensor<D>,
+}
+
+impl<D: Device> DrawArgs<'_, D> {
+    fn check(&self, operation: &'static str, operand: &'static str) -> Result<()> {
+        check::float(operation, operand, self.values)?;
+        check_vocabulary(operation, operand, self.values)?;
+        check_draws(operation, self.values.rows(), self.rows, self.steps, self.ids)
+    }
+
+    fn cost(&self) -> Cost {
+        let cost = Cost::default().add_flops(Arithmetic::F32, 2 * self.values.elements());
+        cost.add_activations(&[self.values, self.ids])
+    }
+}
+
 impl<D: Device> LogitsProcessArgs<'_, D> {
     fn cost(&self) -> Cost {
         let cost = Cost::default().add_flops(Arithmetic::F32, self.logits.elements());
@@ -98,11 +125,18 @@ pub trait SamplingOps: Device {
     /// Body of [`SamplingOps::sample`]; arguments are checked.
     fn run_sample(&self, args: SampleArgs<'_, Self>) -> Result<()>;
 
+    /// Body of [`SamplingOps::sample_categorical`]; arguments are checked. A negative, NaN or infinite probability
+    /// ([`bad_probability_error`]) and a row of zeros ([`no_probability_error`]) are the backend's errors.
+    fn run_sample_categorical(&self, args: DrawArgs<'_, Self>) -> Result<()>;
+
+    /// Body of [`SamplingOps::sample_gumbel`]; arguments are checked.
+    fn run_sample_gumbel(&self, args: DrawArgs<'_, Self>) -> Result<()>;
+
     /// Smallest index among the maxima of each row of `[R, V]`; -0 equals +0.
     fn argmax(&self, logits: &Tensor<Self>, ids: &mut Tensor<Self>) -> Result<()> {
         const OP: &str = "argmax";
         check::float(OP, "logits", logits)?;
-        check_vocabulary(OP, logits)?;
+        check_vocabulary(OP, "logits", logits)?;
         check::dtype(OP, "ids", ids, DType::U32)?;
         check::dims(OP, "ids", ids, &[logits.rows()])?;
         let cost = |(logits, ids): &(&Tensor<Self>, &mut Tensor<Self>)| Cost::default().add_activations(&[logits, ids]);
@@ -114,7 +148,7 @@ pub trait SamplingOps: Device {
     fn process_logits(&self, args: LogitsProcessArgs<'_, Self>) -> Result<()> {
         const OP: &str = "logits_process";
         check::dtype(OP, "logits", args.logits, DType::F32)?;
-        check_vocabulary(OP, args.logits)?;
+        check_vocabulary(OP, "logits", args.logits)?;
         let p = args.process;
         check::positive(OP, "repetition_penalty", p.repetition_penalty)?;
         check::finite(OP, "frequency_penalty", p.frequency_penalty)?;
@@ -135,17 +169,26 @@ pub trait SamplingOps: Device {
     fn sample(&self, args: SampleArgs<'_, Self>) -> Result<()> {
         const OP: &str = "sample";
         check::dtype(OP, "logits", args.logits, DType::F32)?;
-        check_vocabulary(OP, args.logits)?;
+        check_vocabulary(OP, "logits", args.logits)?;
         check_filter(args.filter)?;
-        let rows = args.logits.rows();
-        for (name, len) in [("rows", args.rows.len()), ("steps", args.steps.len())] {
-            if len != rows {
-                return Err(OpError::shape(OP, name, &[len], format!("[{rows}]")));
-            }
-        }
-        check::dtype(OP, "ids", args.ids, DType::U32)?;
-        check::dims(OP, "ids", args.ids, &[rows])?;
+        check_draws(OP, args.logits.rows(), args.rows, args.steps, args.ids)?;
         profile::run(self, Operation::new(FAMILY, OP), args, SampleArgs::cost, Self::run_sample)
+    }
+
+    /// A draw from given probabilities, which need not add up to 1: the first id v with `p_0 + .. + p_v > u Z`, Z the
+    /// sum of all, u from (seed, row, step). An id of probability 0 is never drawn.
+    fn sample_categorical(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "sample_categorical";
+        args.check(OP, "probabilities")?;
+        profile::run(self, Operation::new(FAMILY, OP), args, DrawArgs::cost, Self::run_sample_categorical)
+    }
+
+    /// A draw from the softmax of logits by noise: `argmax_v (l_v + g_v)`, `g = -ln(-ln(1 - U))`,
+    /// `U = min((X + 1/2) 2^-32, 1 - 2^-24)`, X word v of the stream of (seed, row, step). Ties go to the lower id.
+    fn sample_gumbel(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        const OP: &str = "sample_gumbel";
+        args.check(OP, "logits")?;
+        profile::run(self, Operation::new(FAMILY, OP), args, DrawArgs::cost, Self::run_sample_gumbel)
     }
 }
 
@@ -166,11 +209,28 @@ pub fn check_filter(filter: &SampleFilter) -> Result<()> {
     Ok(())
 }
 
-fn check_vocabulary<D: Device>(operation: &'static str, logits: &Tensor<D>) -> Result<()> {
-    if logits.columns() == 0 {
-        return Err(OpError::shape(operation, "logits", logits.dims(), "at least one column"));
+fn check_vocabulary<D: Device>(operation: &'static str, operand: &'static str, values: &Tensor<D>) -> Result<()> {
+    if values.columns() == 0 {
+        return Err(OpError::shape(operation, operand, values.dims(), "at least one column"));
     }
     Ok(())
+}
+
+/// A row id, a step and an id for each of `count` rows.
+fn check_draws<D: Device>(
+    operation: &'static str,
+    count: usize,
+    rows: &[u32],
+    steps: &[u32],
+    ids: &Tensor<D>,
+) -> Result<()> {
+    for (name, len) in [("rows", rows.len()), ("steps", steps.len())] {
+        if len != count {
+            return Err(OpError::shape(operation, name, &[len], format!("[{count}]")));
+        }
+    }
+    check::dtype(operation, "ids", ids, DType::U32)?;
+    check::dims(operation, "ids", ids, &[count])
 }
 
 /// The error of a NaN or +inf logit.
@@ -181,4 +241,14 @@ pub fn bad_logit_error(operation: &'static str, row: usize, id: usize, value: f6
 /// The error of a row of only -inf.
 pub fn empty_logits_error(operation: &'static str, row: usize) -> OpError {
     OpError::value(operation, "logits", format!("row {row} holds only -inf"))
+}
+
+/// The error of a negative, NaN or infinite probability.
+pub fn bad_probability_error(row: usize, id: usize, value: f64) -> OpError {
+    OpError::value("sample_categorical", "probabilities", format!("[{row}, {id}] is {value}"))
+}
+
+/// The error of a row of zeros.
+pub fn no_probability_error(row: usize) -> OpError {
+    OpError::value("sample_categorical", "probabilities", format!("row {row} holds only zeros"))
 }

@@ -164,12 +164,23 @@ pub struct ExpertWeights {
     pub down: Weight,
 }
 
+/// One of an expert's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExpertProjection {
+    /// `[intermediate, hidden]`.
+    Gate,
+    /// `[intermediate, hidden]`.
+    Up,
+    /// `[hidden, intermediate]`.
+    Down,
+}
+
 /// All routed experts of a layer, prepared for a device. Formats may differ by expert and projection.
 pub struct ExpertStack<D: Device> {
     hidden: usize,
     intermediate: usize,
-    /// What one row costs with each expert.
-    costs: Vec<Cost>,
+    /// What one row costs with gate, up and down of each expert.
+    costs: Vec<[Cost; 3]>,
     format_name: &'static str,
     data: D::Experts,
 }
@@ -183,12 +194,15 @@ impl<D: Device> ExpertStack<D> {
         let mut format_name = first.gate.format_name();
         let mut costs = Vec::with_capacity(experts.len());
         for (e, expert) in experts.iter().enumerate() {
-            let mut cost = Cost::default();
-            for (name, w, n, k) in [
+            let mut cost = [Cost::default(); 3];
+            for (i, (name, w, n, k)) in [
                 ("gate", &expert.gate, intermediate, hidden),
                 ("up", &expert.up, intermediate, hidden),
                 ("down", &expert.down, hidden, intermediate),
-            ] {
+            ]
+            .into_iter()
+            .enumerate()
+            {
                 let found = [w.out_features(), w.in_features()];
                 if found != [n, k] {
                     let expected = format!("[{n}, {k}] (expert {e})");
@@ -197,7 +211,8 @@ impl<D: Device> ExpertStack<D> {
                 if w.format_name() != format_name {
                     format_name = "mixed";
                 }
-                cost = cost.add_weights(w.size_in_bytes()).add_flops(device.arithmetic(&w.data), 2 * n * k);
+                cost[i] =
+                    Cost::default().add_weights(w.size_in_bytes()).add_flops(device.arithmetic(&w.data), 2 * n * k);
             }
             costs.push(cost);
         }
@@ -222,7 +237,7 @@ impl<D: Device> ExpertStack<D> {
 
     /// Stored bytes of all experts.
     pub fn size_in_bytes(&self) -> usize {
-        self.costs.iter().map(|cost| cost.weight_bytes as usize).sum()
+        self.costs.iter().flatten().map(|cost| cost.weight_bytes as usize).sum()
     }
 
     /// Name of the experts' dtype or format, `mixed` if they differ.
@@ -234,11 +249,21 @@ impl<D: Device> ExpertStack<D> {
     /// Ids outside the stack, which no backend accepts, count nothing.
     pub(crate) fn cost(&self, ids: &[u32]) -> Cost {
         let mut total = Cost::default();
+        for projection in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
+            total += self.projection_cost(projection, ids);
+        }
+        total
+    }
+
+    /// [`ExpertStack::cost`] of one projection.
+    pub(crate) fn projection_cost(&self, projection: ExpertProjection, ids: &[u32]) -> Cost {
+        let mut total = Cost::default();
         let mut chosen = vec![false; self.costs.len()];
         for &id in ids {
-            let Some(cost) = self.costs.get(id as usize) else { continue };
+            let Some(costs) = self.costs.get(id as usize) else { continue };
+            let cost = costs[projection as usize];
             let seen = std::mem::replace(&mut chosen[id as usize], true);
-            total += if seen { Cost { weight_bytes: 0, ..*cost } } else { *cost };
+            total += if seen { Cost { weight_bytes: 0, ..cost } } else { cost };
         }
         total
     }

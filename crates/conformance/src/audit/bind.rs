@@ -3,7 +3,7 @@
 use super::case::{Count, Sink};
 use super::configuration::Settings;
 use super::table::Kernel;
-use super::{attention, convert, dequantize, fusion, hadamard, linear, mla, moe, rope, sampling};
+use super::{attention, convert, dequantize, fusion, hadamard, linear, mla, moe, rope, sampling, suite};
 
 /// Why a row is bound to nothing, or to something.
 pub(crate) type Bound = std::result::Result<(), &'static str>;
@@ -64,6 +64,13 @@ pub(crate) fn bind<S: Sink>(kernel: &Kernel, settings: &Settings<'_>, sink: &mut
         "softmax_rows" | "argmax_rows" | "sample_filtered" | "logits_process" => {
             sampling::bind(kernel.operation, settings, sink)
         }
+        "gemm_batched"
+        | "epilogue_apply"
+        | "attention_split_reduce"
+        | "moe_aux_loss"
+        | "moe_grouped_gemm"
+        | "sample_categorical"
+        | "sample_gumbel" => suite::bind(kernel.operation, settings, sink),
         other => unreachable!("data/kernels.tsv: no operation is called `{other}`"),
     }
 }
@@ -79,14 +86,7 @@ fn no_operation(operation: &str) -> Option<&'static str> {
             "vision preprocessing"
         }
         "all_reduce" | "gather_scatter" | "reduce_scatter" => "collectives",
-        "gemm_batched" => "batches with strides",
-        "epilogue_apply" => "an epilogue on its own",
-        "attention_split_reduce" => "the joining of partial sums as an operation",
-        "moe_aux_loss" => "the auxiliary loss",
-        "moe_grouped_gemm" => "a grouped product on its own",
         "moe_expert_mlp" => "trellis weights",
-        "sample_categorical" => "draws from given probabilities",
-        "sample_gumbel" => "Gumbel draws",
         _ => return None,
     })
 }

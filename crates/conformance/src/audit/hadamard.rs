@@ -13,6 +13,16 @@ use crate::input::{Output, floats, floats_as};
 use crate::random::Random;
 use crate::tolerance::Tolerance;
 
+/// Factors after the transform.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    None,
+    /// Of each row.
+    Row,
+    /// Of each value.
+    Element,
+}
+
 #[derive(Debug)]
 struct HadamardCase {
     rows: usize,
@@ -20,7 +30,7 @@ struct HadamardCase {
     block: usize,
     io: DType,
     normalize: bool,
-    scale_after: bool,
+    after: After,
     /// Transformed a second time: n times the input, or the input if normalised.
     twice: bool,
     /// Small whole numbers: exact unless normalised.
@@ -29,11 +39,11 @@ struct HadamardCase {
 
 impl AuditCase for HadamardCase {
     fn configuration(&self) -> String {
-        let Self { rows, blocks, block, normalize, scale_after, .. } = self;
+        let Self { rows, blocks, block, normalize, after, .. } = self;
         let twice = if self.twice { " twice" } else { "" };
         let whole = if self.whole { " whole numbers" } else { "" };
         format!(
-            "[{rows}, {blocks} x {block}] io={} normalize={normalize} scale={scale_after}{twice}{whole}",
+            "[{rows}, {blocks} x {block}] io={} normalize={normalize} scale={after:?}{twice}{whole}",
             short(self.io)
         )
     }
@@ -46,7 +56,8 @@ impl AuditCase for HadamardCase {
             values.iter_mut().for_each(|v| *v = v.round());
         }
         let mut x = floats_as(b, self.io, &[self.rows, columns], &values)?;
-        let after = floats(b, &[columns], &random.normals(columns))?;
+        let factors = if self.after == After::Row { 1 } else { columns };
+        let after = floats(b, &[self.rows, factors], &random.normals(self.rows * factors))?;
         for _ in 0..1 + usize::from(self.twice) {
             b.hadamard(HadamardArgs {
                 x: &mut x,
@@ -55,7 +66,7 @@ impl AuditCase for HadamardCase {
                 normalize: self.normalize,
                 transpose: false,
                 scale_before: None,
-                scale_after: self.scale_after.then_some(&after),
+                scale_after: (self.after != After::None).then_some(&after),
             })?;
         }
         Ok(vec![Output::floats(b, "x", &x)?])
@@ -77,7 +88,7 @@ pub(crate) fn bind<S: Sink>(settings: &Settings<'_>, sink: &mut S) -> Bound {
         block,
         io,
         normalize,
-        scale_after: false,
+        after: After::None,
         twice: false,
         whole: false,
     };
@@ -87,15 +98,18 @@ pub(crate) fn bind<S: Sink>(settings: &Settings<'_>, sink: &mut S) -> Bound {
         return Ok(());
     }
     let scales = settings.words("post_scale");
-    if scales.contains(&"row") {
-        return Err("a factor for each row after a Hadamard transform");
-    }
     for io in settings.types("io") {
         for normalize in settings.flags("normalize") {
             for (rows, blocks) in [(1, 1), (17, 3), (130, 1)] {
                 sink.check(&HadamardCase { rows, blocks, ..case(io, normalize) });
             }
             sink.check(&HadamardCase { whole: true, ..case(io, normalize) });
+            for scale in &scales {
+                let after = if *scale == "row" { After::Row } else { After::Element };
+                for (rows, blocks) in [(1, 1), (17, 3), (130, 1)] {
+                    sink.check(&HadamardCase { rows, blocks, after, ..case(io, normalize) });
+                }
+            }
         }
     }
     Ok(())

@@ -25,6 +25,7 @@ mod report;
 mod rope;
 mod sampling;
 mod schema;
+mod suite;
 mod table;
 mod variants;
 

@@ -3,12 +3,13 @@
 mod flash;
 mod mla;
 mod paged;
+mod reduce;
 mod single_query;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use marlin_ops::attention::{
-    AttentionArgs, EmptyRow, KvWriteArgs, MlaAttentionArgs, Window, empty_row_error, visible_keys,
+    AttentionArgs, EmptyRow, KvWriteArgs, MlaAttentionArgs, SplitReduceArgs, Window, empty_row_error, visible_keys,
 };
 use marlin_ops::{AttentionOps, Result};
 
@@ -284,5 +285,9 @@ impl AttentionOps for Cpu {
 
     fn run_mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
         mla::Mla::new("mla_decode", self, args)?.decode()
+    }
+
+    fn run_attention_split_reduce(&self, args: SplitReduceArgs<'_, Self>) -> Result<()> {
+        reduce::attention_split_reduce(self, args)
     }
 }

@@ -26,6 +26,33 @@ impl Kernel for Finish<'_> {
     }
 }
 
+/// `values[n] = act(values[n] + bias[n]) * scale`.
+pub(crate) struct ApplyRow<'a> {
+    pub(crate) values: &'a mut [f32],
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) activation: Activation,
+    pub(crate) scale: f32,
+}
+
+impl Kernel for ApplyRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (i, values) in self.values.chunks_mut(LANES).enumerate() {
+            let (mut lanes, mut bias) = ([0.0; LANES], [0.0; LANES]);
+            lanes[..values.len()].copy_from_slice(values);
+            let mut v = s.load(&lanes);
+            if let Some(all) = self.bias {
+                bias[..values.len()].copy_from_slice(&all[i * LANES..][..values.len()]);
+                v = s.add(v, s.load(&bias));
+            }
+            s.store(s.mul(activate(s, self.activation, v), s.splat(self.scale)), &mut lanes);
+            values.copy_from_slice(&lanes[..values.len()]);
+        }
+    }
+}
+
 /// `gate = act(gate + gate bias) * (up + up bias)`.
 pub(crate) struct Combine<'a> {
     pub(crate) gate_bias: [f32; LANES],

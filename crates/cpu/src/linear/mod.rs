@@ -3,6 +3,7 @@
 //! A task computes whole tiles of sixteen columns for some rows; a row's arithmetic is the same whichever rows and tiles
 //! share its task, so results depend neither on the split nor on the batch.
 
+mod batched;
 pub(crate) mod decode;
 pub(crate) mod epilogue;
 mod exact;
@@ -12,8 +13,8 @@ use std::ops::Range;
 
 use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
 use marlin_ops::linear::{
-    Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs, Residual,
-    embedding_id_error,
+    Activation, EmbeddingArgs, EpilogueArgs, GatedUpArgs, GemmBatchedArgs, InputNorm, LinearArgs, Projection,
+    ProjectionsArgs, Residual, embedding_id_error,
 };
 use marlin_ops::{LinearOps, Result};
 
@@ -575,5 +576,13 @@ impl LinearOps for Cpu {
             table.column(ids[t] as usize, row);
         });
         Ok(())
+    }
+
+    fn run_gemm_batched(&self, args: GemmBatchedArgs<'_, Self>) -> Result<()> {
+        batched::gemm_batched(self, args)
+    }
+
+    fn run_apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()> {
+        batched::apply_epilogue(self, args)
     }
 }

@@ -6,13 +6,14 @@ mod join;
 mod latent;
 mod paged;
 mod project;
+mod reduce;
 mod rows;
 mod tile;
 mod write;
 
 use cubecl::prelude::*;
 use marlin_ops::attention::{
-    AttentionArgs, EmptyRow, KvWriteArgs, MlaAttentionArgs, PagedAttentionArgs, PagedWriteArgs, Window,
+    AttentionArgs, EmptyRow, KvWriteArgs, MlaAttentionArgs, PagedAttentionArgs, PagedWriteArgs, SplitReduceArgs, Window,
 };
 use marlin_ops::{AttentionOps, OpError, PagedAttentionOps, Result};
 
@@ -114,6 +115,10 @@ impl<R: Runtime> AttentionOps for Gpu<R> {
 
     fn run_mla_decode(&self, args: MlaAttentionArgs<'_, Self>) -> Result<()> {
         latent::decode(self, args, None)
+    }
+
+    fn run_attention_split_reduce(&self, args: SplitReduceArgs<'_, Self>) -> Result<()> {
+        reduce::launch(self, &args)
     }
 }
 

@@ -42,6 +42,8 @@ fn hadamard_blocks<X: Numeric, B: Numeric, A: Numeric>(
     scratch: &mut [f32],
     elements: u32,
     columns: u32,
+    row_stride: u32,
+    column_stride: u32,
     block: u32,
     first: u32,
     first_norm: f32,
@@ -112,13 +114,20 @@ fn hadamard_blocks<X: Numeric, B: Numeric, A: Numeric>(
             } else {
                 let mut value = v[i] * select(i % block < first, first_norm, last_norm);
                 if comptime!(c.after.is_some()) {
-                    value *= load::<A>(after, (start + i) % columns, comptime!(c.after.unwrap_or(Storage::F32)));
+                    let at = after_at(start + i, columns, row_stride, column_stride);
+                    value *= load::<A>(after, at, comptime!(c.after.unwrap_or(Storage::F32)));
                 }
                 store::<X>(x, start + i, value, c.x);
             }
             i += units;
         }
     }
+}
+
+/// Where the factor of an element lies.
+#[cube]
+fn after_at(element: usize, columns: usize, row_stride: u32, column_stride: u32) -> usize {
+    element / columns * row_stride as usize + element % columns * column_stride as usize
 }
 
 /// Multiplies `order` values from `start` on by the Paley matrix or its transpose.
@@ -155,6 +164,8 @@ fn hadamard_across<X: Numeric, A: Numeric>(
     x: &mut [X],
     count: u32,
     columns: u32,
+    row_stride: u32,
+    column_stride: u32,
     length: u32,
     norm: f32,
     #[comptime] parts: usize,
@@ -187,7 +198,8 @@ fn hadamard_across<X: Numeric, A: Numeric>(
             let mut value = v[i] * norm;
             if comptime!(c.after.is_some()) {
                 let storage = comptime!(c.after.unwrap_or(Storage::F32));
-                value *= load::<A>(after, (at + i * length) % columns as usize, storage);
+                let element = at + i * length;
+                value *= load::<A>(after, after_at(element, columns as usize, row_stride, column_stride), storage);
             }
             store::<X>(x, at + i * length, value, c.x);
         }
@@ -220,6 +232,7 @@ impl<R: Runtime> HadamardOps for Gpu<R> {
             partial: parts > 1,
         };
         let (elements, columns) = (args.x.elements(), args.x.columns());
+        let [row_stride, column_stride] = args.after_strides().unwrap_or_default().map(|stride| stride as u32);
         let scratch = match parts {
             1 => None,
             _ => Some(self.scratch(OP, DType::F32, &[elements])?),
@@ -229,7 +242,7 @@ impl<R: Runtime> HadamardOps for Gpu<R> {
             Some(tensor) => tensor.buffer().arg(tensor.elements()),
             None => self.unread(),
         };
-        // SAFETY: x and the scratch hold `elements`, the scales `columns`; the kernel stays within.
+        // SAFETY: x and the scratch hold `elements`, the scales what their strides reach; the kernel stays within.
         unsafe {
             hadamard_blocks::launch_unchecked::<R>(
                 self.client(),
@@ -241,6 +254,8 @@ impl<R: Runtime> HadamardOps for Gpu<R> {
                 arg(scratch.as_ref()),
                 elements as u32,
                 columns as u32,
+                row_stride,
+                column_stride,
                 length as u32,
                 first as u32,
                 norm(orders[0].1),
@@ -261,6 +276,8 @@ impl<R: Runtime> HadamardOps for Gpu<R> {
                     args.x.buffer().arg(elements),
                     (elements / parts) as u32,
                     columns as u32,
+                    row_stride,
+                    column_stride,
                     length as u32,
                     norm(args.block),
                     parts,

@@ -2,6 +2,8 @@
 //!
 //! A product is launched by one of the kernels of [`LinearKernel`]; [`select`] chooses by shape.
 
+mod apply;
+mod batched;
 mod embedding;
 mod epilogue;
 mod gemv;
@@ -18,7 +20,9 @@ mod tile;
 
 use cubecl::prelude::*;
 use marlin_formats::DType;
-use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, ProjectionsArgs, Residual};
+use marlin_ops::linear::{
+    Activation, EmbeddingArgs, EpilogueArgs, GatedUpArgs, GemmBatchedArgs, LinearArgs, ProjectionsArgs, Residual,
+};
 use marlin_ops::{LinearOps, OpError, Result};
 
 use crate::element::Storage;
@@ -217,6 +221,15 @@ impl<R: Runtime> LinearOps for Gpu<R> {
                 [table.decoder.scale_elem(), out.elem()],
             );
         }
+        Ok(())
+    }
+
+    fn run_gemm_batched(&self, args: GemmBatchedArgs<'_, Self>) -> Result<()> {
+        batched::launch(self, None, &args)
+    }
+
+    fn run_apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()> {
+        apply::launch(self, &args);
         Ok(())
     }
 }

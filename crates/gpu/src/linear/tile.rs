@@ -85,8 +85,22 @@ impl TileConfig {
 
     /// Whether a tile can be launched for a product, compiled how.
     pub(super) fn new<R: Runtime>(gpu: &Gpu<R>, tile: Tile, product: &Product<'_, R>) -> Result<Self> {
-        let refuse = |what: String| Err(limit(gpu, product.operation, what));
+        let (input, epilogue, (grouping, _)) = (product.input(), product.epilogue(), product.grouping());
         let decoder = product.weight.kernel_decoder();
+        Self::checked(gpu, product.operation, tile, input, decoder, grouping, epilogue)
+    }
+
+    /// As [`TileConfig::new`] for operands of this kind.
+    pub(super) fn checked<R: Runtime>(
+        gpu: &Gpu<R>,
+        operation: &'static str,
+        tile: Tile,
+        input: Input,
+        decoder: Decoder,
+        grouping: Grouping,
+        epilogue: Epilogue,
+    ) -> Result<Self> {
+        let refuse = |what: String| Err(limit(gpu, operation, what));
         let Tile { m, n, k, units, stages, .. } = tile;
         let (unit_m, unit_n) = match unit_block(tile) {
             Some(block) => block,
@@ -99,7 +113,6 @@ impl TileConfig {
         if !(1..=4).contains(&stages) {
             return refuse(format!("{stages} stages (1 to 4)"));
         }
-        let (input, epilogue, (grouping, _)) = (product.input(), product.epilogue(), product.grouping());
         let config = Self { tile, input, decoder, grouping, epilogue, unit_m, unit_n };
         let element = if tile.accumulate == Accumulate::F16 { 2 } else { 4 };
         let shared = stages * (config.x_stage() + config.w_stage()) * element;
@@ -364,7 +377,7 @@ fn load_weights<S: Numeric, A: Float>(
 
 /// Adds the product of one stage.
 #[cube]
-fn add_tile<A: Float>(
+pub(super) fn add_tile<A: Float>(
     x_tile: &mut Shared<[A]>,
     w_tile: &mut Shared<[A]>,
     sums: &mut Array<A>,

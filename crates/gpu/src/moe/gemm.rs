@@ -170,7 +170,7 @@ fn multiply_tile<A: Float>(rows: &[f32], tile: &[f32], sums: &mut Array<f32>, #[
     }
 }
 
-/// `out [T k, N]` in sorted order: `act(x W1 + b1) * (x W2 + b2)`, or `x W1 + b1`, with the weights of the row's expert.
+/// `out [T k, N]` in sorted order: `act(x W1 + b1) * (x W2 + b2)`, or `act(x W1 + b1)`, with the weights of the row's expert.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
@@ -279,12 +279,13 @@ fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
                     if comptime!(c.bias[0]) {
                         y += bias[at as usize * columns + n];
                     }
+                    y = activate(y, c.activation);
                     if comptime!(c.second.is_some()) {
                         let mut up = sums2[comptime!(i * c.micro_columns() + j)];
                         if comptime!(c.bias[1]) {
                             up += bias2[at2 as usize * columns + n];
                         }
-                        y = activate(y, c.activation) * up;
+                        y *= up;
                     }
                     out[(first + r) * columns + n] = y;
                 }

@@ -1,5 +1,6 @@
 //! Mixture of experts: routing, stable grouping, the experts' gated MLPs and their weighted sum.
 
+mod aux_loss;
 mod combine;
 mod dot;
 mod experts;
@@ -7,11 +8,12 @@ mod fused;
 mod gemm;
 mod gemv;
 mod group;
+mod grouped;
 mod mlp;
 mod route;
 
 use cubecl::prelude::*;
-use marlin_ops::moe::{CombineArgs, ExpertMlpArgs, GroupArgs, RouteArgs};
+use marlin_ops::moe::{AuxLossArgs, CombineArgs, ExpertMlpArgs, GroupArgs, GroupedGemmArgs, RouteArgs};
 use marlin_ops::{MoeOps, Result};
 
 pub use experts::GpuExperts;
@@ -37,5 +39,13 @@ impl<R: Runtime> MoeOps for Gpu<R> {
     fn run_moe_combine(&self, args: CombineArgs<'_, Self>) -> Result<()> {
         self.combine(args.rows, Some(args.inverse), args.weights, &args.residual, args.out);
         Ok(())
+    }
+
+    fn run_moe_aux_loss(&self, args: AuxLossArgs<'_, Self>) -> Result<()> {
+        aux_loss::launch(self, &args)
+    }
+
+    fn run_moe_grouped_gemm(&self, args: GroupedGemmArgs<'_, Self>) -> Result<()> {
+        self.choose_grouped(&args)
     }
 }

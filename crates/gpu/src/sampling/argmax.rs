@@ -27,6 +27,7 @@ fn best_of_chunks<E: Numeric>(
     columns: u32,
     chunks: u32,
     #[comptime] storage: Storage,
+    #[comptime] bad_logit: Fault,
     #[define(E)] _element: ElemType,
 ) {
     let row = CUBE_POS / chunks as usize;
@@ -41,7 +42,7 @@ fn best_of_chunks<E: Numeric>(
             if i < columns as usize {
                 let other = key_of(load::<E>(logits, start + i, storage));
                 if other == BAD {
-                    fault::record(faults, Fault::ArgmaxLogit, start + i);
+                    fault::record(faults, bad_logit, start + i);
                 }
                 if other > key {
                     key = other;
@@ -61,7 +62,14 @@ fn best_of_chunks<E: Numeric>(
 
 /// `ids[row]` from the bests of its chunks; a row of only -inf is a fault.
 #[cube(launch_unchecked)]
-fn best_of_rows(best: &[u32], ids: &mut [u32], faults: &mut [Atomic<u32>], rows: u32, chunks: u32) {
+fn best_of_rows(
+    best: &[u32],
+    ids: &mut [u32],
+    faults: &mut [Atomic<u32>],
+    rows: u32,
+    chunks: u32,
+    #[comptime] empty_row: Fault,
+) {
     let row = CUBE_POS;
     if row < rows as usize {
         let start = row * chunks as usize;
@@ -81,14 +89,19 @@ fn best_of_rows(best: &[u32], ids: &mut [u32], faults: &mut [Atomic<u32>], rows:
         if UNIT_POS == 0 {
             ids[row] = id;
             if largest == BANNED {
-                fault::record(faults, Fault::ArgmaxEmpty, row);
+                fault::record(faults, empty_row, row);
             }
         }
     }
 }
 
-/// Enqueues [`marlin_ops::SamplingOps::argmax`].
-pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, logits: &Tensor<Gpu<R>>, ids: &mut Tensor<Gpu<R>>) -> Result<()> {
+/// Enqueues [`marlin_ops::SamplingOps::argmax`]; the faults are those of a bad logit and of a row of only -inf.
+pub(super) fn launch<R: Runtime>(
+    gpu: &Gpu<R>,
+    logits: &Tensor<Gpu<R>>,
+    ids: &mut Tensor<Gpu<R>>,
+    [bad_logit, empty_row]: [Fault; 2],
+) -> Result<()> {
     let (rows, columns) = (logits.rows(), logits.columns());
     if rows == 0 {
         return Ok(());
@@ -109,6 +122,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, logits: &Tensor<Gpu<R>>, ids: &mu
             columns as u32,
             chunks as u32,
             storage,
+            bad_logit,
             storage.elem(),
         );
         best_of_rows::launch_unchecked::<R>(
@@ -120,6 +134,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, logits: &Tensor<Gpu<R>>, ids: &mu
             gpu.faults(),
             rows as u32,
             chunks as u32,
+            empty_row,
         );
     }
     Ok(())

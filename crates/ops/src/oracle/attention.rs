@@ -1,9 +1,12 @@
 //! Attention: scores of all keys, one softmax, one weighted sum.
 
 mod paged;
+mod reduce;
 
 use super::{Oracle, floats, linear::dot, store};
-use crate::attention::{AttentionArgs, AttentionOps, EmptyRow, KvWriteArgs, MlaAttentionArgs, Window, empty_row_error};
+use crate::attention::{
+    AttentionArgs, AttentionOps, EmptyRow, KvWriteArgs, MlaAttentionArgs, SplitReduceArgs, Window, empty_row_error,
+};
 use crate::{Result, Tensor};
 
 /// Whether the query at absolute position `p` sees key `j`. A query before the first key (more queries than keys,
@@ -49,6 +52,10 @@ fn mask_value(mask: &Tensor<Oracle>, b: usize, h: usize, i: usize, j: usize) -> 
 }
 
 impl AttentionOps for Oracle {
+    fn run_attention_split_reduce(&self, args: SplitReduceArgs<'_, Self>) -> Result<()> {
+        reduce::attention_split_reduce(args)
+    }
+
     fn run_attention(&self, args: AttentionArgs<'_, Self>) -> Result<()> {
         let &[batch, queries, q_heads, head_dim] = args.q.dims() else {
             unreachable!("q was checked to have 4 dimensions")

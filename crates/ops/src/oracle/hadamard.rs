@@ -50,7 +50,8 @@ impl HadamardOps for Oracle {
         let columns = args.x.columns();
         let ones = vec![1.0; columns];
         let before = args.scale_before.map_or(&ones[..], floats);
-        let after = args.scale_after.map_or(&ones[..], floats);
+        let after = args.scale_after.map_or(&[1.0][..], floats);
+        let [row_stride, column_stride] = args.after_strides().unwrap_or_default();
         let parts: Vec<(usize, Matrix)> = block_parts(args.block, args.kind)
             .ok_or_else(|| OpError::value("hadamard", "block", format!("is {}", args.block)))?
             .into_iter()
@@ -68,7 +69,8 @@ impl HadamardOps for Oracle {
                 }
             }
         }
-        let y: Vec<f64> = y.iter().zip(after.iter().cycle()).map(|(y, s)| y * s).collect();
+        let factor = |i: usize| after[i / columns * row_stride + i % columns * column_stride];
+        let y: Vec<f64> = y.iter().enumerate().map(|(i, y)| y * factor(i)).collect();
         store(args.x, 0, &y);
         Ok(())
     }
@@ -162,5 +164,29 @@ mod tests {
         };
         oracle.hadamard(args).unwrap();
         assert_eq!(oracle.read_f64(&x).unwrap(), [-10.0, 300.0]);
+    }
+
+    #[test]
+    fn factors_of_channels_rows_and_elements() {
+        let oracle = Oracle::new();
+        let scaled = |dims: &[usize], factors: &[f32]| {
+            let mut x = tensor(&[2, 2], &[1.0, 0.0, 0.0, 1.0]);
+            let after = tensor(dims, factors);
+            let args = HadamardArgs {
+                x: &mut x,
+                block: 2,
+                kind: HadamardKind::True,
+                normalize: false,
+                transpose: false,
+                scale_before: None,
+                scale_after: Some(&after),
+            };
+            oracle.hadamard(args).map(|()| oracle.read_f64(&x).unwrap())
+        };
+        assert_eq!(scaled(&[2], &[2.0, 3.0]).unwrap(), [2.0, 3.0, 2.0, -3.0]);
+        assert_eq!(scaled(&[2, 1], &[2.0, 3.0]).unwrap(), [2.0, 2.0, 3.0, -3.0]);
+        assert_eq!(scaled(&[2, 2], &[2.0, 3.0, 4.0, 5.0]).unwrap(), [2.0, 3.0, 4.0, -5.0]);
+        assert!(scaled(&[1, 2], &[2.0, 3.0]).is_err());
+        assert!(scaled(&[3, 1], &[2.0; 3]).is_err());
     }
 }

@@ -1,10 +1,12 @@
 //! Linear layers.
 
+mod batched;
+
 use super::{Oracle, OracleWeight, floats, norm::rms_rows, special::activate, store, words};
 use crate::activation::{ACTIVATION_BLOCK, quantize_activation_block};
 use crate::linear::{
-    EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, LinearOps, Projection, ProjectionsArgs, Residual,
-    embedding_id_error,
+    EmbeddingArgs, EpilogueArgs, GatedUpArgs, GemmBatchedArgs, InputNorm, LinearArgs, LinearOps, Projection,
+    ProjectionsArgs, Residual, embedding_id_error,
 };
 use crate::{Result, Tensor};
 
@@ -108,6 +110,14 @@ impl LinearOps for Oracle {
             store(args.out, t * table.in_features, table.row(id as usize));
         }
         Ok(())
+    }
+
+    fn run_gemm_batched(&self, args: GemmBatchedArgs<'_, Self>) -> Result<()> {
+        batched::gemm_batched(args)
+    }
+
+    fn run_apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()> {
+        batched::apply_epilogue(args)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, W
 
 pub use moe::{Choice, choose_experts};
 pub use rounding::round_to;
-pub use sampling::{Draw, draw};
+pub use sampling::{Draw, draw, draw_by_cdf, draw_by_gumbel};
 
 /// The f64 backend.
 #[derive(Clone, Copy, Debug, Default)]

@@ -1,13 +1,16 @@
 //! Mixture of experts.
 
+mod aux_loss;
+mod grouped;
+
 use std::cmp::Ordering;
 
 use super::linear::residual_values;
 use super::special::{activate, sigmoid};
 use super::{Oracle, floats, store, store_words, words};
 use crate::moe::{
-    CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, MoeOps, RouteArgs, Routing, Scoring, duplicate_expert_error,
-    expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
+    AuxLossArgs, CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, GroupedGemmArgs, MoeOps, RouteArgs, Routing,
+    Scoring, duplicate_expert_error, expert_id_error, inverse_index_error, nan_logit_error, no_expert_error,
 };
 use crate::{Result, Tensor};
 
@@ -186,6 +189,14 @@ impl MoeOps for Oracle {
         }
         store(args.out, 0, &y);
         Ok(())
+    }
+
+    fn run_moe_aux_loss(&self, args: AuxLossArgs<'_, Self>) -> Result<()> {
+        aux_loss::moe_aux_loss(args)
+    }
+
+    fn run_moe_grouped_gemm(&self, args: GroupedGemmArgs<'_, Self>) -> Result<()> {
+        grouped::moe_grouped_gemm(args)
     }
 }
 

@@ -3,8 +3,11 @@
 use std::cmp::Ordering;
 
 use super::{Oracle, floats, store, store_words};
-use crate::rng::{Stream, random_word, uniform};
-use crate::sampling::{LogitsProcessArgs, SampleArgs, SampleFilter, SamplingOps, bad_logit_error, empty_logits_error};
+use crate::rng::{Stream, gumbel, random_word, uniform};
+use crate::sampling::{
+    DrawArgs, LogitsProcessArgs, SampleArgs, SampleFilter, SamplingOps, bad_logit_error, bad_probability_error,
+    empty_logits_error, no_probability_error,
+};
 use crate::{Result, Tensor};
 
 /// What a filtered draw gives.
@@ -17,6 +20,37 @@ pub struct Draw {
     /// Distance of the closest decision (a filter's threshold, the draw's boundary) from the other outcome, in
     /// probability.
     pub margin: f64,
+}
+
+/// The first id whose cumulative probability exceeds `u` of the whole, and the smallest distance of a cumulative
+/// probability from `u`. The probabilities are not negative, one is above 0.
+pub fn draw_by_cdf(probabilities: &[f64], u: f64) -> (usize, f64) {
+    let total: f64 = probabilities.iter().sum();
+    let (mut cumulative, mut margin) = (0.0, f64::INFINITY);
+    let (mut id, mut last) = (None, 0);
+    for (v, &p) in probabilities.iter().enumerate().filter(|(_, p)| **p > 0.0) {
+        cumulative += p;
+        last = v;
+        margin = margin.min((cumulative / total - u).abs());
+        if id.is_none() && cumulative > u * total {
+            id = Some(v);
+        }
+    }
+    (id.unwrap_or(last), margin)
+}
+
+/// The id of the largest logit with the noise of (seed, row, step), and by how much it leads. No NaN or +inf.
+pub fn draw_by_gumbel(logits: &[f64], seed: u64, row: u32, step: u32) -> (usize, f64) {
+    let (mut best, mut id, mut lead) = (f64::NEG_INFINITY, 0, f64::INFINITY);
+    for (v, l) in logits.iter().enumerate() {
+        let value = l + gumbel(random_word(seed, Stream::Gumbel, row, step, v as u32));
+        if value > best {
+            (lead, best, id) = (value - best, value, v);
+        } else {
+            lead = lead.min(best - value);
+        }
+    }
+    (id, lead)
 }
 
 /// A candidate: id and probability.
@@ -169,6 +203,32 @@ impl SamplingOps for Oracle {
         store_words(args.ids, &ids);
         Ok(())
     }
+
+    fn run_sample_categorical(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        let mut ids = Vec::new();
+        for (r, row) in floats(args.values).chunks(args.values.columns()).enumerate() {
+            if let Some(v) = row.iter().position(|p| !(*p >= 0.0 && p.is_finite())) {
+                return Err(bad_probability_error(r, v, row[v]));
+            }
+            if row.iter().all(|p| *p == 0.0) {
+                return Err(no_probability_error(r));
+            }
+            let word = random_word(args.seed, Stream::Categorical, args.rows[r], args.steps[r], 0);
+            ids.push(draw_by_cdf(row, uniform(word)).0 as u32);
+        }
+        store_words(args.ids, &ids);
+        Ok(())
+    }
+
+    fn run_sample_gumbel(&self, args: DrawArgs<'_, Self>) -> Result<()> {
+        let mut ids = Vec::new();
+        for (r, row) in floats(args.values).chunks(args.values.columns()).enumerate() {
+            check_row("sample_gumbel", r, row)?;
+            ids.push(draw_by_gumbel(row, args.seed, args.rows[r], args.steps[r]).0 as u32);
+        }
+        store_words(args.ids, &ids);
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -237,6 +297,29 @@ mod tests {
         }
         let x = tensor(&[1, 2], &[f32::NEG_INFINITY; 2]);
         assert!(oracle.argmax(&x, &mut ids(&[1], &[0])).is_err());
+    }
+
+    #[test]
+    fn cdf_skips_zeros_and_takes_unnormalised_probabilities() {
+        let p = [0.0, 2.0, 0.0, 6.0, 0.0];
+        let id = |u: f64| draw_by_cdf(&p, u).0;
+        assert_eq!([id(0.0), id(0.2499), id(0.25), id(1.0 - 2f64.powi(-32))], [1, 1, 3, 3]);
+        assert!((draw_by_cdf(&p, 0.3).1 - 0.05).abs() < 1e-12);
+        // Rounding may leave the sum below u: the last id that can be drawn.
+        assert_eq!(id(1.0), 3);
+    }
+
+    #[test]
+    fn gumbel_noise_belongs_to_row_token_and_step() {
+        let logits = [0.0; 50];
+        let chosen: Vec<usize> = (0..60).map(|i| draw_by_gumbel(&logits, 5, i / 8, i % 8).0).collect();
+        let mut different = chosen.clone();
+        different.sort_unstable();
+        different.dedup();
+        assert!(different.len() > 25, "{chosen:?}");
+        let mut banned = [f64::NEG_INFINITY; 50];
+        banned[49] = -1e4;
+        assert_eq!(draw_by_gumbel(&banned, 5, 1, 1), (49, f64::INFINITY));
     }
 
     #[test]
