@@ -359,7 +359,7 @@ pub(crate) fn grouped_heads(io: DType) -> Vec<impl Case + use<>> {
 
 /// Epilogues of 16-bit rows, in place.
 pub(crate) fn standalone_epilogues(dtype: DType, bias: bool, activation: Activation) -> Vec<impl Case + use<>> {
-    let sizes = [(5, 65), (130, 33), (1, 1)];
+    let sizes = [(5, 65), (130, 33), (1, 7)];
     sizes.map(|(m, n)| EpilogueCase { dtype, bias, activation, ..EpilogueCase::sized(m, n) }).to_vec()
 }
 

@@ -194,7 +194,6 @@ pub(crate) fn by_probability() -> Vec<impl Case + use<>> {
     for kind in [Uniform, OneHot, Middle, Squares(1e-30)] {
         cases.push(draws(20, 1000, Rows::Probabilities(kind)));
     }
-    cases.push(DrawCase { chi_square: true, ..draws(100_000, 8, Rows::Probabilities(Squares(1.0))) });
     cases
 }
 
