@@ -3,19 +3,12 @@
 use cubecl::prelude::*;
 use marlin_ops::linear::Activation;
 
-/// e^x within 1.5 ulp.
+/// e^x within 1.5 ulp: x = n ln 2 + r with ln 2 in two parts, a polynomial of degree 6 in r (Cephes, expf), 2^n in two
+/// steps so that subnormal results round once.
 #[cube]
 pub(crate) fn exp(x: f32) -> f32 {
-    exp_of_sum(x, f32::new(0.0))
-}
-
-/// e^(high + low) for a low part much smaller than the high one: x = n ln 2 + r with ln 2 in two parts, a polynomial of
-/// degree 6 in r (Cephes, expf), 2^n in two steps so that subnormal results round once.
-#[cube]
-pub(crate) fn exp_of_sum(high: f32, low: f32) -> f32 {
-    let x = high + low;
     let n = f32::floor(x * core::f32::consts::LOG2_E + 0.5f32);
-    let r = ((high - n * 0.693_359_375f32) + low) - n * -2.121_944_4e-4f32;
+    let r = (x - n * 0.693_359_375f32) - n * -2.121_944_4e-4f32;
     let mut p = f32::new(1.987_569_1e-4);
     p = p * r + 1.398_199_9e-3f32;
     p = p * r + 8.333_452e-3f32;
@@ -29,6 +22,17 @@ pub(crate) fn exp_of_sum(high: f32, low: f32) -> f32 {
     let result = y * power_of_two(half) * power_of_two(bounded - half);
     let result = select(x > 88.722_84f32, f32::INFINITY, result);
     select(x < -104.0f32, f32::new(0.0), result)
+}
+
+/// e^(high + low) for a low part below 1/4. Factors, because a compiler that may reorder sums adds the parts first, which
+/// loses what the low one is for (Mesa does).
+#[cube]
+pub(crate) fn exp_of_sum(high: f32, low: f32) -> f32 {
+    let mut p = low * 8.333_333e-3f32 + 4.166_666_7e-2f32;
+    p = p * low + 1.666_666_7e-1f32;
+    p = p * low + 0.5f32;
+    p = p * low + 1.0f32;
+    exp(high) * (p * low + 1.0f32)
 }
 
 /// ln x for a normal x > 0, within about 1 ulp also next to x = 1: x = m 2^e with m in [sqrt 1/2, sqrt 2), a polynomial of
