@@ -121,6 +121,12 @@ pub enum FormatError {
         /// K.
         in_features: usize,
     },
+    /// An EXL3 bit rate that does not exist.
+    #[error("EXL3 has 1 to 8 bits a weight, not {bits}")]
+    TrellisBits {
+        /// The bit rate.
+        bits: u32,
+    },
     /// A row or group index outside the matrix.
     #[error("{what} {index} is out of range, the matrix has {count}")]
     Index {

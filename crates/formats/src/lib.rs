@@ -7,6 +7,7 @@
 //! - [`Format`] and [`Scheme`], a format with its group size along K;
 //! - [`Group`], the stored scale and zero of one group, and the rules that choose and read them;
 //! - [`QuantizedMatrix`], one weight matrix in the native K-major layout;
+//! - [`exl3`]: trellis codes, whose matrices are not grouped;
 //! - [`DType`], the element types of stored tensors.
 //!
 //! Throughout, `K` is in_features (the reduction axis), `N` is out_features, and dense weights
@@ -15,6 +16,7 @@
 mod dtype;
 pub mod e8m0;
 mod error;
+pub mod exl3;
 mod format;
 pub mod fp4;
 pub mod fp8;

@@ -1,0 +1,36 @@
+//! EXL3: tail-biting trellis codes of 1 to 8 bits a weight, as ExLlamaV3 writes them (a variant of QTIP, Tseng et al. 2024).
+//!
+//! A weight `[K, N]` is stored as `diag(suh) H W_inner H diag(svh)`, where `H` is the orthonormal Hadamard transform of
+//! every aligned run of [`HADAMARD`] channels and `W_inner` comes from tiles of 16 x 16 weights. A tile is a cyclic stream
+//! of `256 bits` bits; the state of a position is the 16 bits that end with its symbol, and a [`Codebook`] turns the state
+//! into a value. K and N are padded to multiples of 128.
+//!
+//! - [`Codebook`]: state to value;
+//! - [`tile`]: the bit stream of a tile and the order of its elements;
+//! - [`Exl3Matrix`]: one weight matrix.
+
+mod codebook;
+mod matrix;
+pub mod tile;
+
+pub use codebook::Codebook;
+pub use matrix::Exl3Matrix;
+
+/// Channels that one Hadamard transform mixes, and the multiple that K and N are padded to.
+pub const HADAMARD: usize = 128;
+
+/// Orthonormal Hadamard transform of 128 values in natural (Sylvester) order: `H[i][j] = (-1)^popcount(i & j) / sqrt(128)`.
+pub fn hadamard(x: &mut [f64; HADAMARD]) {
+    let mut width = 1;
+    while width < HADAMARD {
+        for pair in x.chunks_exact_mut(2 * width) {
+            let (first, second) = pair.split_at_mut(width);
+            for (a, b) in first.iter_mut().zip(second) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        width *= 2;
+    }
+    let norm = (HADAMARD as f64).sqrt();
+    x.iter_mut().for_each(|v| *v /= norm);
+}
