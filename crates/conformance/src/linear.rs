@@ -423,7 +423,7 @@ fn after_norm(weight: &Weight, x: &[f64], mode: Mode) -> Result<Vec<Bound>> {
     let (k, n) = (weight.in_features(), weight.out_features());
     let rounds = match &weight.data {
         WeightData::Quantized(matrix) => mode == Mode::Int8Activations && takes_int8_activations(&matrix.scheme),
-        WeightData::Dense(_) => false,
+        WeightData::Dense(_) | WeightData::Exl3(_) => false,
     };
     let w = weight.to_f32()?;
     let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);

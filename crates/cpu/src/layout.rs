@@ -110,6 +110,7 @@ impl PackedWeight {
         let values = match &weight.data {
             WeightData::Dense(tensor) => pack_dense(pool, tensor, out_features, in_features)?,
             WeightData::Quantized(matrix) => Values::Quantized(pack_quantized(pool, matrix)?),
+            WeightData::Exl3(_) => return Err(OpError::value("weight", "format", "exl3 does not run on the CPU yet")),
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }

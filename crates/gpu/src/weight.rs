@@ -74,6 +74,7 @@ pub(crate) fn pack(weight: &Weight) -> Result<Packed> {
     match &weight.data {
         WeightData::Dense(tensor) => pack_dense(tensor, weight.out_features(), weight.in_features()),
         WeightData::Quantized(matrix) => pack_quantized(matrix),
+        WeightData::Exl3(_) => Err(marlin_ops::OpError::value("weight", "format", "exl3 does not run on the GPU yet")),
     }
 }
 

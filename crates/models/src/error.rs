@@ -94,6 +94,16 @@ pub enum ModelError {
         /// Shape that the config asks for.
         expected: Vec<usize>,
     },
+    /// A tensor of a form that this project does not read.
+    #[error("{}: tensor `{tensor}`: {what} is not supported", path.display())]
+    UnsupportedTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What it stands for.
+        what: &'static str,
+    },
     /// A tensor of a type that does not fit its use.
     #[error("{}: tensor `{tensor}` has dtype {found}, expected {expected}", path.display())]
     TensorDType {
@@ -190,6 +200,11 @@ impl ModelError {
     /// An error of the operations layer about a stored tensor.
     pub(crate) fn tensor(path: &Path, tensor: &str) -> impl Fn(OpError) -> ModelError {
         move |source| ModelError::Tensor { path: path.to_owned(), tensor: tensor.to_owned(), source: Box::new(source) }
+    }
+
+    /// A stored tensor of a form that is not read.
+    pub(crate) fn unsupported_tensor(path: &Path, tensor: String, what: &'static str) -> Self {
+        ModelError::UnsupportedTensor { path: path.to_owned(), tensor, what }
     }
 
     /// A field error.

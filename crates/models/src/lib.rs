@@ -6,6 +6,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod generation_config;
+mod import;
 mod layers;
 mod loader;
 mod mmap;

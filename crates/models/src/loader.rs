@@ -120,7 +120,9 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// The output head, or none when the embedding serves as one: tied, and no head is stored.
     pub(crate) fn lm_head(&mut self) -> Result<Option<Linear<B>>> {
-        let stored = [".weight", ".mm.q"].iter().any(|suffix| self.checkpoint.contains(&format!("{LM_HEAD}{suffix}")));
+        let stored = [".weight", ".mm.q", ".trellis"]
+            .iter()
+            .any(|suffix| self.checkpoint.contains(&format!("{LM_HEAD}{suffix}")));
         if self.config.tie_word_embeddings && !stored {
             return Ok(None);
         }

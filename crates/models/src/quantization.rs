@@ -12,6 +12,8 @@ use crate::error::{ModelError, Result};
 
 /// `quant_method` of the native container.
 const QUANT_METHOD: &str = "metal_marlin";
+/// `quant_method` of ExLlamaV3.
+const EXL3: &str = "exl3";
 /// The version this project reads and writes.
 const FORMAT_VERSION: u64 = 1;
 
@@ -90,8 +92,12 @@ impl QuantizationConfig {
             return Ok(Self { path: fields.path().to_owned(), ..Self::default() });
         };
         let method = fields.string("quant_method")?;
+        if method == EXL3 {
+            // Its tensors say everything: which modules are quantized, at how many bits, with which codebook.
+            return Ok(Self { path: fields.path().to_owned(), ..Self::default() });
+        }
         if method != QUANT_METHOD {
-            let reason = format!("`{method}` is not supported yet; supported: {QUANT_METHOD}");
+            let reason = format!("`{method}` is not supported yet; supported: {QUANT_METHOD}, {EXL3}");
             return Err(fields.error("quant_method", reason));
         }
         let version = fields.integer("format_version", 0, u64::MAX)? as u64;

@@ -1,3 +1,4 @@
+use marlin_formats::exl3::Exl3Matrix;
 use marlin_formats::{DType, QuantizedMatrix};
 
 use crate::profile::{Arithmetic, Cost};
@@ -10,6 +11,8 @@ pub enum WeightData {
     Dense(HostTensor),
     /// A native quantized matrix, K-major.
     Quantized(QuantizedMatrix),
+    /// Trellis codes between two Hadamard rotations.
+    Exl3(Exl3Matrix),
 }
 
 /// One linear layer on the host: `y[n] = sum_k x[k] W[k,n] + bias[n]`.
@@ -44,6 +47,12 @@ impl Weight {
         Ok(Self { data: WeightData::Quantized(matrix), bias: None })
     }
 
+    /// An EXL3 weight; its buffers are validated.
+    pub fn exl3(matrix: Exl3Matrix) -> Result<Self> {
+        matrix.validate()?;
+        Ok(Self { data: WeightData::Exl3(matrix), bias: None })
+    }
+
     /// The same weight with a bias `[out_features]`.
     pub fn with_bias(mut self, bias: Vec<f32>) -> Result<Self> {
         if bias.len() != self.out_features() {
@@ -58,6 +67,7 @@ impl Weight {
         match &self.data {
             WeightData::Dense(t) => t.dims()[1],
             WeightData::Quantized(q) => q.in_features,
+            WeightData::Exl3(matrix) => matrix.in_features,
         }
     }
 
@@ -66,6 +76,7 @@ impl Weight {
         match &self.data {
             WeightData::Dense(t) => t.dims()[0],
             WeightData::Quantized(q) => q.out_features,
+            WeightData::Exl3(matrix) => matrix.out_features,
         }
     }
 
@@ -74,6 +85,7 @@ impl Weight {
         match &self.data {
             WeightData::Dense(t) => t.to_f32(),
             WeightData::Quantized(q) => Ok(q.decode()?),
+            WeightData::Exl3(matrix) => Ok(matrix.decode()?),
         }
     }
 
@@ -82,17 +94,20 @@ impl Weight {
         match &self.data {
             WeightData::Dense(t) => t.dtype().name(),
             WeightData::Quantized(q) => q.scheme.format.name(),
+            WeightData::Exl3(_) => "exl3",
         }
     }
 
     /// Stored size of the matrix and bias.
     pub fn size_in_bytes(&self) -> usize {
+        let weights = (self.in_features() * self.out_features()) as f64;
         let matrix = match &self.data {
             WeightData::Dense(t) => t.bytes().len(),
             WeightData::Quantized(q) => {
                 let bits = q.scheme.bits_per_weight(q.in_features, q.out_features);
-                (bits * (q.in_features * q.out_features) as f64 / 8.0).round() as usize
+                (bits * weights / 8.0).round() as usize
             }
+            WeightData::Exl3(matrix) => (matrix.bits_per_weight() * weights / 8.0).round() as usize,
         };
         matrix + self.bias.as_ref().map_or(0, |b| b.len() * 4)
     }

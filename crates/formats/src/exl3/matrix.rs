@@ -158,13 +158,11 @@ impl Exl3Matrix {
             }
             block.iter_mut().for_each(hadamard);
             let rows = HADAMARD.min(self.in_features - k0);
-            for column in 0..columns {
-                let mut values: [f64; HADAMARD] = std::array::from_fn(|row| block[row][column]);
+            for (n, &svh) in (n0..).zip(&self.svh[n0..][..columns]) {
+                let mut values: [f64; HADAMARD] = std::array::from_fn(|row| block[row][n - n0]);
                 hadamard(&mut values);
-                let svh = f16::from_bits(self.svh[n0 + column]).to_f64();
-                for (row, value) in values[..rows].iter().enumerate() {
-                    let suh = f16::from_bits(self.suh[k0 + row]).to_f64();
-                    put(n0 + column, k0 + row, suh * value * svh);
+                for ((k, &suh), value) in (k0..).zip(&self.suh[k0..][..rows]).zip(values) {
+                    put(n, k, f16::from_bits(suh).to_f64() * value * f16::from_bits(svh).to_f64());
                 }
             }
         }

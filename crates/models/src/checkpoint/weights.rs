@@ -1,7 +1,8 @@
 //! Weights of linear layers, norms and experts from stored tensors, plain or native quantized.
 
+use marlin_formats::exl3::HADAMARD;
 use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme};
-use marlin_ops::{ExpertWeights, HostTensor, Weight};
+use marlin_ops::{ExpertWeights, HostTensor, Weight, WeightData};
 
 use super::{Checkpoint, Entry};
 use crate::QuantizationConfig;
@@ -61,6 +62,8 @@ impl Checkpoint {
         let weight = if self.contains(&codes) {
             let scheme = quantization.scheme(module, out_features, in_features)?;
             self.quantized(module, scheme, out_features, in_features, Part::Whole)?
+        } else if self.is_exl3(module) {
+            self.exl3_weight(module, out_features, in_features)?
         } else {
             let name = format!("{module}.weight");
             let entry = self.entry(&name)?;
@@ -71,8 +74,13 @@ impl Checkpoint {
             return Ok(weight);
         }
         let name = format!("{module}.bias");
-        let values = self.vector(&name, out_features)?;
         let entry = self.entry(&name)?;
+        // Biases of EXL3 modules are padded like their outputs.
+        let padded = out_features.next_multiple_of(HADAMARD);
+        let len =
+            if matches!(weight.data, WeightData::Exl3(_)) && entry.shape == [padded] { padded } else { out_features };
+        let mut values = self.vector(&name, len)?;
+        values.truncate(out_features);
         weight.with_bias(values).map_err(ModelError::tensor(entry.file.path(), &name))
     }
 
@@ -204,14 +212,7 @@ impl Checkpoint {
     ) -> Result<HostTensor> {
         let name = format!("{module}.mm.{suffix}");
         let entry = self.entry(&name)?;
-        if entry.dtype != dtypes[0] {
-            return Err(ModelError::TensorDType {
-                path: entry.file.path().to_owned(),
-                tensor: name,
-                found: entry.dtype.name().to_owned(),
-                expected: dtypes[0].name(),
-            });
-        }
+        self.check_dtype(&name, entry, dtypes[0])?;
         match part {
             Part::Whole => {
                 self.check_shape(&name, entry, shape)?;
@@ -241,6 +242,26 @@ impl Checkpoint {
             entry.file.release(start, len)?;
         }
         Ok(())
+    }
+
+    /// A view of a tensor of the given dtype and shape.
+    pub(crate) fn typed(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<HostTensor> {
+        let entry = self.entry(name)?;
+        self.check_dtype(name, entry, dtype)?;
+        self.check_shape(name, entry, shape)?;
+        self.view(name, entry, shape, 0)
+    }
+
+    fn check_dtype(&self, name: &str, entry: &Entry, expected: DType) -> Result<()> {
+        if entry.dtype == expected {
+            return Ok(());
+        }
+        Err(ModelError::TensorDType {
+            path: entry.file.path().to_owned(),
+            tensor: name.to_owned(),
+            found: entry.dtype.name().to_owned(),
+            expected: expected.name(),
+        })
     }
 
     fn check_shape(&self, name: &str, entry: &Entry, expected: &[usize]) -> Result<()> {

@@ -156,7 +156,7 @@ impl Device for Oracle {
     fn prepare_weight(&self, weight: Weight) -> Result<OracleWeight> {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
         let rounds = match &weight.data {
-            WeightData::Dense(_) => false,
+            WeightData::Dense(_) | WeightData::Exl3(_) => false,
             WeightData::Quantized(matrix) => takes_int8_activations(&matrix.scheme),
         };
         let bias = match &weight.bias {
@@ -164,7 +164,11 @@ impl Device for Oracle {
             None => vec![0.0; out_features],
         };
         Ok(OracleWeight {
-            values: weight.to_f32()?.into_iter().map(f64::from).collect(),
+            values: match &weight.data {
+                // The product of rotations is not rounded to f32 on the way.
+                WeightData::Exl3(matrix) => matrix.decode_f64()?,
+                _ => weight.to_f32()?.into_iter().map(f64::from).collect(),
+            },
             in_features,
             out_features,
             bias,

@@ -1,0 +1,3 @@
+//! Weights of other projects' checkpoints, one file a method.
+
+mod exl3;
