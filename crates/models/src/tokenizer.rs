@@ -1,6 +1,9 @@
 //! `tokenizer.json`: text to token ids and back, also piece by piece.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
 
 use crate::error::{ModelError, Result};
 
@@ -21,10 +24,8 @@ impl Tokenizer {
         if !path.exists() {
             return Err(ModelError::MissingFile { path, needed_for: "text cannot be turned into tokens without it" });
         }
-        match tokenizers::Tokenizer::from_file(&path) {
-            Ok(inner) => Ok(Self { path, inner }),
-            Err(e) => Err(ModelError::Tokenizer { path, reason: e.to_string() }),
-        }
+        let json = std::fs::read(&path).map_err(ModelError::io(&path))?;
+        Self::from_bytes(&path, &json)
     }
 
     /// Reads a tokenizer from the contents of a `tokenizer.json`; `path` appears in errors.
@@ -32,10 +33,11 @@ impl Tokenizer {
     /// # Errors
     /// Contents that the tokenizers library refuses.
     pub fn from_bytes(path: &Path, json: &[u8]) -> Result<Self> {
-        match tokenizers::Tokenizer::from_bytes(json) {
-            Ok(inner) => Ok(Self { path: path.to_owned(), inner }),
-            Err(e) => Err(ModelError::Tokenizer { path: path.to_owned(), reason: e.to_string() }),
-        }
+        let error = |reason: String| ModelError::Tokenizer { path: path.to_owned(), reason };
+        // The library panics at what is not JSON inside of a decoder.
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|e| error(format!("not valid JSON: {e}")))?;
+        let inner = guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(error)?;
+        Ok(Self { path: path.to_owned(), inner })
     }
 
     /// Token ids of `text`. `add_special_tokens` adds what the tokenizer's post-processor puts around a text (often a
@@ -44,8 +46,8 @@ impl Tokenizer {
     /// # Errors
     /// Text that the tokenizer cannot encode.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, add_special_tokens);
-        Ok(encoding.map_err(|e| self.error(e))?.get_ids().to_vec())
+        let encoding = guarded(|| self.inner.encode(text, add_special_tokens));
+        Ok(encoding.map_err(|reason| self.error(reason))?.get_ids().to_vec())
     }
 
     /// Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids without a token are skipped.
@@ -53,8 +55,7 @@ impl Tokenizer {
     /// # Errors
     /// The library's refusal.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        let text = self.inner.decode(ids, skip_special_tokens);
-        text.map_err(|e| self.error(e))
+        guarded(|| self.inner.decode(ids, skip_special_tokens)).map_err(|reason| self.error(reason))
     }
 
     /// The id of a token given by its exact text.
@@ -77,8 +78,17 @@ impl Tokenizer {
         StreamDecoder { tokenizer: self, skip_special_tokens, ids: Vec::new(), settled: 0, sent: String::new() }
     }
 
-    fn error(&self, source: tokenizers::Error) -> ModelError {
-        ModelError::Tokenizer { path: self.path.clone(), reason: source.to_string() }
+    fn error(&self, reason: String) -> ModelError {
+        ModelError::Tokenizer { path: self.path.clone(), reason }
+    }
+}
+
+/// The library's result, or why it failed. It panics at some definitions that contradict themselves; a file must not be
+/// able to end the process.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizers library does not accept this definition".to_owned()),
     }
 }
 

@@ -3,6 +3,7 @@
 mod config;
 mod headers;
 mod tensors;
+mod tokenizer;
 
 use std::path::Path;
 
