@@ -257,43 +257,30 @@ impl<B: Backend> Session<B> {
         Ok(self.model.logits(tokens, &mut self.cache, &mut self.scratch)?)
     }
 
-    /// `-sum ln p(token)` over all tokens of a fresh sequence but the first.
-    pub fn negative_log_likelihood(&mut self, tokens: &[u32]) -> Result<f64> {
+    /// Calls `visit(i, logits)` for each token `i` of a fresh sequence but the last; the logits predict token `i + 1`.
+    pub fn each_prediction(&mut self, tokens: &[u32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
         self.cache.clear();
         let vocab = self.model.config().vocab_size;
-        let mut total = 0.0;
+        let mut finite = true;
         self.model.for_each_logits(tokens, &mut self.cache, &mut self.scratch, |first, logits| {
             let rows = self.backend.read_f32(logits)?;
-            for (row, &next) in rows.chunks_exact(vocab).zip(&tokens[first + 1..]) {
-                total += negative_log_probability(row, next as usize);
+            for (i, row) in (first..tokens.len() - 1).zip(rows.chunks_exact(vocab)) {
+                // Tokens may be impossible, but nothing else.
+                finite &= row.iter().all(|v| *v < f32::INFINITY);
+                visit(i, row);
             }
             Ok(())
         })?;
-        if !total.is_finite() {
+        if !finite {
             bail!("the model's logits are not finite");
         }
-        Ok(total)
+        Ok(())
     }
-}
-
-/// `-ln softmax(row)[id]` in f64.
-fn negative_log_probability(row: &[f32], id: usize) -> f64 {
-    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = row.iter().map(|&v| (f64::from(v) - max).exp()).sum();
-    max + sum.ln() - f64::from(row[id])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn negative_log_probability_of_a_known_row() {
-        let row = [0.0, 2f32.ln(), f32::NEG_INFINITY];
-        assert!((negative_log_probability(&row, 1) - 1.5f64.ln()).abs() < 1e-7);
-        assert!((negative_log_probability(&row, 0) - 3f64.ln()).abs() < 1e-7);
-        assert_eq!(negative_log_probability(&row, 2), f64::INFINITY);
-    }
 
     #[test]
     fn rates() {

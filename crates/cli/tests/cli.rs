@@ -279,6 +279,18 @@ fn quantize_inspect_and_score() {
     let int8 = score(&out, &["--exact"]);
     assert!((1.0..20.0).contains(&original), "{original}");
     assert!((int8 / original - 1.0).abs() < 0.005, "{int8} against {original}");
+
+    let compare = |model: &str| {
+        let flags = ["--reference", &stories(), "--exact", "--json"];
+        let result = json(&[&["perplexity", "--model", model, "--text", &text][..], &flags].concat());
+        (result["kl_divergence"].as_f64().unwrap(), result["top1_agreement"].as_f64().unwrap())
+    };
+    assert_eq!(compare(&stories()), (0.0, 1.0));
+    let (divergence, agreement) = compare(&out);
+    assert!(divergence > 0.0 && divergence < 0.01, "{divergence}");
+    assert!(agreement > 0.98 && agreement <= 1.0, "{agreement}");
+    let other = repository().join("crates/models/tests/golden/llama-base").display().to_string();
+    assert_fails(&["perplexity", "--text", &text, "--reference", &other], &["llama-base", "vocabulary"]);
 }
 
 #[test]
