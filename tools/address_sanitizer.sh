@@ -12,3 +12,4 @@ if ! compgen -G "$runtime/librustc*_rt.asan.*" >/dev/null; then
 fi
 export RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/asan"
 cargo test --locked --release --target "$host" -p marlin-cpu -p marlin-models --lib --tests
+cargo test --locked --release --target "$host" -p marlin-quantize --lib

@@ -28,6 +28,10 @@ pub enum Stream {
     Gumbel = 2,
     /// Synthetic weights.
     Weights = 3,
+    /// Signs that a rotation gives to input features.
+    InputSigns = 4,
+    /// Signs that a rotation gives to output features.
+    OutputSigns = 5,
 }
 
 /// Word `index` of the stream for `(seed, row, step)`.

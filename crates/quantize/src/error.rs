@@ -71,7 +71,7 @@ pub enum QuantizeError {
         damping: f64,
     },
     /// The compensated weights of a row left the finite range.
-    #[error("GPTQ diverged in output feature {n}; raise the damping")]
+    #[error("error compensation diverged in output feature {n}; raise the damping")]
     Diverged {
         /// Output feature.
         n: usize,

@@ -9,7 +9,7 @@
 
 mod elimination;
 mod factor;
-mod triangular;
+pub(crate) mod triangular;
 
 use marlin_formats::{QuantizedMatrix, Scheme};
 

@@ -4,6 +4,7 @@
 //! - [`rtn()`]: round to nearest, every format;
 //! - [`Hessian`]: `X^T X` of a layer's inputs, accumulated from calibration activations;
 //! - [`gptq()`]: sequential elimination against that Hessian (Frantar et al. 2022);
+//! - [`mod@exl3`]: trellis-coded weights of 1 to 8 bits, against that Hessian too;
 //! - [`ScaleSearch`]: how the scale of one group is chosen, shared by both;
 //! - [`Plan`]: which modules of a model are quantized and to what;
 //! - [`quantize_model`]: the loop over a model's layers, driven through [`ModelSource`] and
@@ -15,6 +16,7 @@
 
 mod dense;
 mod error;
+pub mod exl3;
 mod gptq;
 mod hessian;
 mod job;

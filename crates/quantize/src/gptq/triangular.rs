@@ -16,7 +16,7 @@ const BLOCK: usize = 96;
 /// upper triangle is not read.
 ///
 /// Returns false, with `a` half-factored, at the first pivot that is not above `smallest_pivot`.
-pub(super) fn cholesky(a: &mut [f64], k: usize, smallest_pivot: f64) -> bool {
+pub(crate) fn cholesky(a: &mut [f64], k: usize, smallest_pivot: f64) -> bool {
     for start in (0..k).step_by(BLOCK) {
         let end = k.min(start + BLOCK);
         let (done, below) = a.split_at_mut(end * k);

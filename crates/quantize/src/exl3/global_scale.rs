@@ -1,0 +1,73 @@
+//! The scale at which a codebook represents the normalized weight best.
+
+use half::f16;
+use marlin_formats::exl3::tile::{SIDE, WEIGHTS};
+use rayon::prelude::*;
+
+use super::incoherence::Inner;
+use super::viterbi::{Encoder, Workspaces};
+
+/// Tiles across the diagonal of the sample.
+const WIDTH: usize = 3;
+/// The fewest tiles taken from each end of the order of their sizes.
+const EXTREMES: usize = 8;
+/// Distance of the fine scales.
+const STEP: f32 = 0.075;
+/// The smallest scale.
+const SMALLEST: f32 = 0.01;
+
+/// The scale with the least mean squared error over a sample of tiles: a coarse grid on a third of them, a fine grid around
+/// its best scale, then the vertex of a parabola.
+pub(super) fn search(encoder: &Encoder, inner: &Inner) -> f32 {
+    let workspaces = Workspaces::new(encoder);
+    let sample = sample(inner);
+    let third: Vec<_> = sample.iter().copied().step_by(3).collect();
+    let coarse: [f32; 10] = std::array::from_fn(|i| 0.1 + 0.2 * i as f32);
+    let errors = coarse.map(|scale| mean_error(&workspaces, encoder, &third, scale));
+    let center = coarse[smallest(&errors)];
+    let fine: [f32; 5] = std::array::from_fn(|i| (center + STEP * (i as f32 - 2.0)).max(SMALLEST));
+    let errors = fine.map(|scale| mean_error(&workspaces, encoder, &sample, scale));
+    let best = smallest(&errors);
+    if best == 0 || best == fine.len() - 1 {
+        return fine[best];
+    }
+    let [before, least, after] = [errors[best - 1], errors[best], errors[best + 1]];
+    let curvature = before - 2.0 * least + after;
+    let offset = if curvature > 0.0 { (0.5 * (before - after) / curvature).clamp(-0.5, 0.5) } else { 0.0 };
+    (fine[best] + offset as f32 * STEP).max(SMALLEST)
+}
+
+/// The first of the smallest errors.
+fn smallest(errors: &[f64]) -> usize {
+    (0..errors.len()).fold(0, |best, i| if errors[i] < errors[best] { i } else { best })
+}
+
+/// A wrapped diagonal of the grid of tiles, then the smallest and the largest tiles.
+fn sample(inner: &Inner) -> Vec<[f32; WEIGHTS]> {
+    let (rows, columns) = (inner.rows / SIDE, inner.columns / SIDE);
+    let length = rows.max(columns);
+    let diagonal = (0..length * WIDTH).map(|i| (i / WIDTH % rows, (i / WIDTH + i % WIDTH) % columns));
+
+    let size = |i: usize| inner.tile(i / columns, i % columns).iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+    let mut sizes: Vec<(f64, usize)> = (0..rows * columns).into_par_iter().map(|i| (size(i), i)).collect();
+    sizes.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let extremes = EXTREMES.max(length * 3 / 16).min(sizes.len().div_ceil(2));
+    let ends = sizes[..extremes].iter().chain(&sizes[sizes.len() - extremes..]);
+
+    diagonal.chain(ends.map(|&(_, i)| (i / columns, i % columns))).map(|(a, c)| inner.tile(a, c)).collect()
+}
+
+/// Mean squared error of the tiles when encoded at `scale` and scaled back.
+fn mean_error(workspaces: &Workspaces<'_>, encoder: &Encoder, tiles: &[[f32; WEIGHTS]], scale: f32) -> f64 {
+    let error = |tile: &[f32; WEIGHTS]| {
+        let scaled = tile.map(|w| w * scale);
+        if scaled.iter().any(|&w| !f16::from_f32(w).is_finite()) {
+            return f64::INFINITY;
+        }
+        let path = workspaces.with(|workspace| encoder.encode(&scaled, workspace));
+        let difference = |(&word, &w): (&u16, &f32)| f64::from(encoder.value(word) / scale) - f64::from(w);
+        path.iter().zip(tile).map(|pair| difference(pair).powi(2)).sum::<f64>()
+    };
+    let errors: Vec<f64> = tiles.par_iter().map(error).collect();
+    errors.iter().sum::<f64>() / (tiles.len() * WEIGHTS) as f64
+}
