@@ -125,9 +125,9 @@ impl SamplingArgs {
     }
 }
 
-/// The names of all weight formats, for help texts.
-pub fn format_names() -> String {
-    Format::ALL.map(|format| format.name()).join(", ")
+/// The names of weight formats, for help texts.
+pub fn format_names(formats: &[Format]) -> String {
+    formats.iter().map(|format| format.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// A whole number above 0.

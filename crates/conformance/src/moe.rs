@@ -477,7 +477,7 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
         }
     }
     for format in Format::ALL {
-        let storage = quantized(format, if format == Format::Nvfp4 { 16 } else { 32 });
+        let storage = quantized(format, format.fixed_group_size().unwrap_or(32));
         for tokens in [1, 9] {
             runner.check(&experts(tokens, &[storage]));
         }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use half::f16;
-use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme};
+use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift};
 use marlin_ops::{HostTensor, Result, Weight};
 
 use crate::random::Random;
@@ -31,9 +31,9 @@ pub(crate) enum Scales {
     Usual,
     /// As usual, every other group 0.
     SomeZero,
-    /// The largest that the stored type has (2^60 for E8M0, to stay inside f32).
+    /// The largest that the stored type has (2^60 for E8M0 and f32, to stay inside f32).
     Large,
-    /// The smallest ones (2^-117 for E8M0, where products are still normal).
+    /// The smallest ones (2^-117 for E8M0 and 2^-80 for f32, where products are still normal).
     Tiny,
 }
 
@@ -102,28 +102,37 @@ fn matrix(
         });
         layout.store_column(&padded, &mut words, n, column);
     }
-    let groups = scheme.groups(k) * n;
+    let (groups, blocks) = (scheme.groups(k) * n, scheme.super_blocks(k) * n);
+    let (has_shifts, offsets) = (format.shift() != Shift::None, format.has_offsets());
     Ok(QuantizedMatrix {
         scheme,
         in_features: k,
         out_features: n,
         codes: words,
-        scales: (0..groups).map(|i| scale_bits(format, scales, i, random)).collect(),
-        zeros: match format.has_zeros() {
-            true => (0..groups).map(|_| zero_bits(format, random)).collect(),
+        scales: (0..groups).flat_map(|i| scale_words(format, scales, i, random)).collect(),
+        zeros: match has_shifts {
+            true => (0..groups).flat_map(|_| shift_words(format, scales, random)).collect(),
+            false => Vec::new(),
+        },
+        super_scales: (0..blocks).map(|_| super_bits(scales, random)).collect(),
+        super_minima: match offsets {
+            true => (0..blocks).map(|_| super_bits(scales, random)).collect(),
             false => Vec::new(),
         },
         tensor_scale: (format == Format::Nvfp4).then_some(37.5),
     })
 }
 
-fn scale_bits(format: Format, scales: Scales, index: usize, random: &mut Random) -> u16 {
+/// The stored words of a group's scale.
+fn scale_words(format: Format, scales: Scales, index: usize, random: &mut Random) -> Vec<u16> {
     let small = random.below(4) as u16;
-    match (format.scale_kind(), scales) {
+    let bits = match (format.scale_kind(), scales) {
+        (ScaleKind::F32, Scales::SomeZero) if index % 2 == 1 => return vec![0; 2],
         (_, Scales::SomeZero) if index % 2 == 1 && format.scale_kind() != ScaleKind::E8m0 => 0,
         (ScaleKind::F16, Scales::Large) => 0x7BFF - small,
         (ScaleKind::F16, Scales::Tiny) => 1 + small,
         (ScaleKind::F16, _) => f16::from_f32((0.5 + random.unit()) / 32.0).to_bits(),
+        (ScaleKind::F32, _) => return halves((0.5 + random.unit()) / 32.0 * magnitude(scales)),
         (ScaleKind::E4m3, Scales::Large) => 0x7E - small,
         (ScaleKind::E4m3, Scales::Tiny) => 1 + small,
         (ScaleKind::E4m3, _) => 0x20 + random.below(0x30) as u16,
@@ -131,11 +140,44 @@ fn scale_bits(format: Format, scales: Scales, index: usize, random: &mut Random)
         (ScaleKind::E8m0, Scales::Tiny) => 10 + small,
         // E8M0 has no zero.
         (ScaleKind::E8m0, _) => 118 + small,
+        // Of both signs where it is two's complement.
+        (ScaleKind::F16U8 | ScaleKind::F16I8, _) => random.below(256) as u16,
+    };
+    vec![bits]
+}
+
+/// The stored words of a zero point in steps of 1/8, of a minimum's byte, or of an offset of about half the levels.
+fn shift_words(format: Format, scales: Scales, random: &mut Random) -> Vec<u16> {
+    let levels = (1usize << format.code_bits()) - 1;
+    let offset = |random: &mut Random| -(random.unit() * levels as f32) / 32.0;
+    match (format.scale_kind(), format.has_offsets()) {
+        (_, false) => vec![f16::from_f32(random.below(8 * levels) as f32 / 8.0).to_bits()],
+        (ScaleKind::F16, true) => vec![f16::from_f32(offset(random)).to_bits()],
+        (ScaleKind::F32, true) => halves(offset(random) * magnitude(scales)),
+        (_, true) => vec![random.below(256) as u16],
     }
 }
 
-/// A zero point in steps of 1/8.
-fn zero_bits(format: Format, random: &mut Random) -> u16 {
-    let levels = (1usize << format.code_bits()) - 1;
-    f16::from_f32(random.below(8 * levels) as f32 / 8.0).to_bits()
+/// f16 bits that bytes are multiplied with.
+fn super_bits(scales: Scales, random: &mut Random) -> u16 {
+    let small = random.below(4) as u16;
+    match scales {
+        Scales::Large => 0x7BFF - small,
+        Scales::Tiny => 1 + small,
+        _ => f16::from_f32((0.5 + random.unit()) / 4096.0).to_bits(),
+    }
+}
+
+/// What f32 scales are multiplied with: products and their differences stay normal.
+fn magnitude(scales: Scales) -> f32 {
+    match scales {
+        Scales::Large => 2f32.powi(60),
+        Scales::Tiny => 2f32.powi(-80),
+        _ => 1.0,
+    }
+}
+
+/// The two words of an f32.
+fn halves(value: f32) -> Vec<u16> {
+    vec![value.to_bits() as u16, (value.to_bits() >> 16) as u16]
 }

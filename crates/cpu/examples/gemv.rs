@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use marlin_cpu::{Cpu, CpuOptions};
-use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme};
+use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme, StoredGroups};
 use marlin_ops::linear::{Activation, LinearArgs, Residual};
 use marlin_ops::rng::{Stream, random_word};
 use marlin_ops::{Device, HostTensor, Linear, LinearOps, Result, Tensor, Weight};
@@ -22,6 +22,13 @@ fn weight(format: Format, group_size: usize, seed: u64) -> Result<Weight> {
     let word = |i: usize| random_word(seed, Stream::Weights, 0, 0, i as u32);
     let mask = ((1u32 << format.code_bits()) - 1) as u8;
     let codes: Vec<u8> = (0..N * K).map(|i| word(i / 4) as u8 >> (i % 4) & mask).collect();
+    let (blocks, count) = (N * scheme.super_blocks(K), N * scheme.groups(K));
+    if blocks > 0 {
+        let (supers, bytes) = (vec![0x1000; blocks], vec![30; count]);
+        let (minima, super_minima) = if format.has_offsets() { (&bytes[..], &supers[..]) } else { (&[][..], &[][..]) };
+        let groups = StoredGroups::TwoLevel { super_scales: &supers, super_minima, scales: &bytes, minima };
+        return Weight::quantized(QuantizedMatrix::from_stored(scheme, K, N, &codes, &groups)?);
+    }
     let group = format.group_from_bits(0x2000, 0, None)?;
     let groups: Vec<Group> = vec![group; N * scheme.groups(K)];
     Weight::quantized(QuantizedMatrix::from_codes(scheme, K, N, &codes, &groups, None)?)
@@ -78,6 +85,10 @@ fn main() -> Result<()> {
         ("int8 g128", weight(Format::Int8, 128, 1)?),
         ("int3 g64", weight(Format::Int3, 64, 1)?),
         ("fp8_e4m3 g128", weight(Format::Fp8E4m3, 128, 1)?),
+        ("q4_k", weight(Format::Q4K, 32, 1)?),
+        ("q5_k", weight(Format::Q5K, 32, 1)?),
+        ("q6_k", weight(Format::Q6K, 16, 1)?),
+        ("iq4_xs", weight(Format::Iq4Xs, 32, 1)?),
         ("bf16", dense(DType::BF16)?),
     ];
     let chosen: Vec<String> = std::env::args().skip(1).collect();

@@ -2,15 +2,15 @@
 //! for each column of a tile, so a lane is a column and no kernel sums across lanes.
 //!
 //! - codes: `[tiles][code_rows][16]` u32, the native words; rows are padded to whole blocks of 32 input features;
-//! - scales and zeros: `[tiles][groups][16]` in their stored type;
+//! - scales, zeros and offsets: `[tiles][groups][16]` in their stored type;
 //! - dense values: `[tiles][K][16]` in the stored dtype.
 //!
-//! Padding columns hold zeros. The third word of a 3-bit unit is stored with its bits in the order of
-//! [`CodeOrder::Pairs`], so that high bits meet their low bits with shifts alone.
+//! Padding columns hold zeros. The last word of a planar unit is stored with its bits in the layout's [`CodeOrder`], so
+//! that high bits meet their low bits with shifts alone.
 
 use half::f16;
 use marlin_formats::pack::Layout;
-use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme};
+use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift};
 use marlin_ops::activation::ACTIVATION_BLOCK;
 use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
 
@@ -40,7 +40,7 @@ pub(crate) enum Values {
     F32(Vec<Line<f32>>),
     F16(Vec<[u16; LANES]>),
     BF16(Vec<[u16; LANES]>),
-    Quantized(Quantized),
+    Quantized(Box<Quantized>),
 }
 
 /// Codes, scales and zeros of a weight.
@@ -52,20 +52,31 @@ pub(crate) struct Quantized {
     pub(crate) groups: usize,
     pub(crate) codes: Vec<Line<u32>>,
     pub(crate) scales: Scales,
-    /// f16 bits; empty when the format has no zeros.
-    pub(crate) zeros: Vec<[u16; LANES]>,
+    /// Zero points or offsets, where the format has them.
+    pub(crate) shifts: Option<Scales>,
     /// Value of a code at zero point 0, by its low four bits; formats of at most four bits.
     pub(crate) levels: [f32; LANES],
     /// Value of each byte; 8-bit floats only.
     pub(crate) byte_levels: Option<Box<[f32; 256]>>,
 }
 
-/// Group scales.
+/// Group scales, zero points or offsets.
 pub(crate) enum Scales {
     /// f16 bits.
     F16(Vec<[u16; LANES]>),
+    F32(Vec<Line<f32>>),
+    /// Bytes, two's complement where `signed`, times the f16 bits of their super-blocks of `2^shift` groups.
+    TwoLevel {
+        bytes: Vec<[u8; LANES]>,
+        signed: bool,
+        supers: Vec<[u16; LANES]>,
+        shift: u32,
+    },
     /// Bytes with the multiplier that each stands for (tensor scale included).
-    Byte { bytes: Vec<[u8; LANES]>, table: Box<[f32; 256]> },
+    Byte {
+        bytes: Vec<[u8; LANES]>,
+        table: Box<[f32; 256]>,
+    },
 }
 
 /// Where the codes of a block of 32 input features come to lie when its words are split into eight vectors of four
@@ -96,7 +107,7 @@ impl CodeOrder {
     /// The order of a packing.
     pub(crate) fn of(layout: Layout) -> Self {
         match layout {
-            Layout::Bits4 => Self::Nibbles,
+            Layout::Bits4 | Layout::Planar5 | Layout::Planar6 => Self::Nibbles,
             Layout::Bits8 => Self::Bytes,
             Layout::Bits2 | Layout::Planar3 => Self::Pairs,
         }
@@ -109,7 +120,7 @@ impl PackedWeight {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
         let values = match &weight.data {
             WeightData::Dense(tensor) => pack_dense(pool, tensor, out_features, in_features)?,
-            WeightData::Quantized(matrix) => Values::Quantized(pack_quantized(pool, matrix)?),
+            WeightData::Quantized(matrix) => Values::Quantized(Box::new(pack_quantized(pool, matrix)?)),
             WeightData::Exl3(_) => return Err(OpError::value("weight", "format", "exl3 does not run on the CPU yet")),
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
@@ -134,11 +145,8 @@ impl PackedWeight {
             Values::F32(lines) => size_of_val(&lines[..]),
             Values::F16(lines) | Values::BF16(lines) => size_of_val(&lines[..]),
             Values::Quantized(q) => {
-                let scales = match &q.scales {
-                    Scales::F16(lines) => size_of_val(&lines[..]),
-                    Scales::Byte { bytes, .. } => size_of_val(&bytes[..]),
-                };
-                size_of_val(&q.codes[..]) + scales + size_of_val(&q.zeros[..])
+                let shifts = q.shifts.as_ref().map_or(0, Scales::size_in_bytes);
+                size_of_val(&q.codes[..]) + q.scales.size_in_bytes() + shifts
             }
         };
         values + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
@@ -191,41 +199,71 @@ impl Quantized {
 
     fn column(&self, tile: usize, lane: usize, out: &mut [f32]) {
         let format = self.scheme.format;
-        let (unit, words) = (format.layout().codes_per_unit(), format.layout().words_per_unit());
+        let layout = format.layout();
+        let (unit, words) = (layout.codes_per_unit(), layout.words_per_unit());
         let codes = self.tile_codes(tile);
         for (g, out) in out.chunks_mut(self.scheme.group_size).enumerate() {
             let line = tile * self.groups + g;
-            let scale = match &self.scales {
-                Scales::F16(lines) => f16::from_bits(lines[line][lane]).to_f32(),
-                Scales::Byte { bytes, table } => table[usize::from(bytes[line][lane])],
-            };
-            let zero = match &self.zeros[..] {
-                [] => 0.0,
-                zeros => f16::from_bits(zeros[line][lane]).to_f32(),
+            let scale = self.scales.value(line, lane);
+            let shift = self.shifts.as_ref().map(|shifts| shifts.value(line, lane));
+            let (zero, offset) = match format.has_offsets() {
+                true => (0.0, shift),
+                false => (shift.unwrap_or(0.0), None),
             };
             for (i, out) in out.iter_mut().enumerate() {
                 let k = g * self.scheme.group_size + i;
-                let word = |w: usize| codes[k / unit * words + w].0[lane];
-                let code = match format.layout() {
-                    Layout::Planar3 => planar3_code(word, k % unit),
-                    layout => word(0) >> (layout.bits() as usize * (k % unit)),
-                };
-                *out = format.value(code as u8, zero) * scale;
+                let code = unit_code(layout, |w| codes[k / unit * words + w].0[lane], k % unit);
+                let product = format.value(code as u8, zero) * scale;
+                *out = offset.map_or(product, |offset| product + offset);
             }
         }
     }
 }
 
-/// Code `i` of a repacked 3-bit unit.
-fn planar3_code(word: impl Fn(usize) -> u32, i: usize) -> u32 {
-    let low = word(i / 16) >> (2 * (i % 16)) & 3;
-    low | (word(2) >> high_bit_position(i) & 1) << 2
+impl Scales {
+    /// The value of a column in group line `line`.
+    fn value(&self, line: usize, lane: usize) -> f32 {
+        match self {
+            Scales::F16(lines) => f16::from_bits(lines[line][lane]).to_f32(),
+            Scales::F32(lines) => lines[line].0[lane],
+            Scales::Byte { bytes, table } => table[usize::from(bytes[line][lane])],
+            Scales::TwoLevel { bytes, signed, supers, shift } => {
+                let byte = bytes[line][lane];
+                let factor = if *signed { f32::from(byte as i8) } else { f32::from(byte) };
+                f16::from_bits(supers[line >> shift][lane]).to_f32() * factor
+            }
+        }
+    }
+
+    fn size_in_bytes(&self) -> usize {
+        match self {
+            Scales::F16(lines) => size_of_val(&lines[..]),
+            Scales::F32(lines) => size_of_val(&lines[..]),
+            Scales::Byte { bytes, .. } => size_of_val(&bytes[..]),
+            Scales::TwoLevel { bytes, supers, .. } => size_of_val(&bytes[..]) + size_of_val(&supers[..]),
+        }
+    }
 }
 
-/// Where bit 2 of code `i` of a 3-bit unit lies in the repacked third word.
-const fn high_bit_position(i: usize) -> usize {
-    let (half, b, s) = (i / 16, i % 16 / 4, i % 4);
-    8 * b + 4 * half + s
+/// Code `i` of a repacked unit; bits above it are not cleared where units are single words.
+fn unit_code(layout: Layout, word: impl Fn(usize) -> u32, i: usize) -> u32 {
+    let (low, high) = (layout.low_bits() as usize, layout.high_bits());
+    let code = word(i * low / 32) >> (i * low % 32);
+    if high == 0 {
+        return code;
+    }
+    let bits = word(layout.words_per_unit() - 1) >> high_position(layout, i) & ((1 << high) - 1);
+    code & ((1 << low) - 1) | bits << low
+}
+
+/// Where the high bits of code `i` of a unit lie in its repacked last word: byte b holds those of the codes that come to
+/// byte b of the vectors of the layout's [`CodeOrder`].
+pub(crate) const fn high_position(layout: Layout, i: usize) -> usize {
+    let (v, b) = match layout {
+        Layout::Planar3 => (4 * (i / 16) + i % 4, i % 16 / 4),
+        _ => (2 * (i / 8) + i % 2, i % 8 / 2),
+    };
+    8 * b + layout.high_bits() as usize * v
 }
 
 fn pack_dense(pool: &Pool, tensor: &HostTensor, n: usize, k: usize) -> Result<Values> {
@@ -277,36 +315,35 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
     let format = scheme.format;
     let blocks = k.div_ceil(ACTIVATION_BLOCK);
     let code_rows = format.layout().rows(blocks * ACTIVATION_BLOCK);
-    // Whole blocks of 32 also where a block has several groups.
-    let per_block = ACTIVATION_BLOCK.div_ceil(scheme.group_size);
-    let groups = scheme.groups(k).next_multiple_of(per_block);
+    // Whole blocks of 32, or of 256 with two-level scales, also where a block has several groups.
+    let block = if format.scale_kind().is_two_level() { SUPER_BLOCK } else { ACTIVATION_BLOCK };
+    let groups = scheme.groups(k).next_multiple_of(block.div_ceil(scheme.group_size));
     let mut codes = vec![Line([0u32; LANES]); n.div_ceil(LANES) * code_rows];
     pool.for_chunks(&mut codes, code_rows, |tile, lines| {
         let rows = matrix.codes.chunks_exact(n);
         for (r, (line, row)) in lines.iter_mut().zip(rows).enumerate() {
             let row = &row[tile * LANES..n.min((tile + 1) * LANES)];
             line.0[..row.len()].copy_from_slice(row);
-            if format.layout() == Layout::Planar3 && r % 3 == 2 {
-                line.0 = line.0.map(reorder_high_bits);
+            let layout = format.layout();
+            if layout.high_bits() > 0 && (r + 1) % layout.words_per_unit() == 0 {
+                line.0 = line.0.map(|word| reorder_high_bits(layout, word));
             }
         }
     });
-    let scales = match format.scale_kind() {
-        ScaleKind::F16 => Scales::F16(tile_rows(&matrix.scales, n, groups, |v| v)),
-        ScaleKind::E4m3 | ScaleKind::E8m0 => {
-            Scales::Byte { bytes: tile_rows(&matrix.scales, n, groups, |v| v as u8), table: scale_table(matrix)? }
-        }
-    };
     let mask = (1u32 << format.code_bits().min(4)) - 1;
     Ok(Quantized {
         scheme,
         code_rows,
         groups,
         codes,
-        scales,
-        zeros: match format.has_zeros() {
-            true => tile_rows(&matrix.zeros, n, groups, |v| v),
-            false => Vec::new(),
+        scales: tile_scales(matrix, &matrix.scales, &matrix.super_scales, groups)?,
+        shifts: match format.shift() {
+            Shift::None => None,
+            // Minima are negative offsets.
+            Shift::Zero | Shift::Offset => {
+                let supers: Vec<u16> = matrix.super_minima.iter().map(|bits| bits ^ 0x8000).collect();
+                Some(tile_scales(matrix, &matrix.zeros, &supers, groups)?)
+            }
         },
         levels: std::array::from_fn(|i| format.value((i as u32 & mask) as u8, 0.0)),
         byte_levels: (format.layout() == Layout::Bits8)
@@ -314,12 +351,38 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
     })
 }
 
+/// Scales, zero points or offsets in column tiles, `groups` lines each.
+fn tile_scales(matrix: &QuantizedMatrix, stored: &[u16], supers: &[u16], groups: usize) -> Result<Scales> {
+    let n = matrix.out_features;
+    let kind = matrix.scheme.format.scale_kind();
+    Ok(match kind {
+        ScaleKind::F16 => Scales::F16(tile_rows(stored, n, groups, |v| v)),
+        ScaleKind::E4m3 | ScaleKind::E8m0 => {
+            Scales::Byte { bytes: tile_rows(stored, n, groups, |v| v as u8), table: scale_table(matrix)? }
+        }
+        ScaleKind::F32 => {
+            let (pairs, _) = stored.as_chunks::<2>();
+            let value = |[low, high]: [u16; 2]| f32::from_bits(u32::from(low) | u32::from(high) << 16);
+            Scales::F32(tile_rows(pairs, n, groups, value).into_iter().map(Line).collect())
+        }
+        ScaleKind::F16U8 | ScaleKind::F16I8 => {
+            let per_block = SUPER_BLOCK / matrix.scheme.group_size;
+            Scales::TwoLevel {
+                bytes: tile_rows(stored, n, groups, |v| v as u8),
+                signed: kind == ScaleKind::F16I8,
+                supers: tile_rows(supers, n, groups / per_block, |v| v),
+                shift: per_block.ilog2(),
+            }
+        }
+    })
+}
+
 /// `[G, N]` row-major to `[tiles][groups][16]`, padding zero.
-fn tile_rows<T: Copy + Default>(
-    source: &[u16],
+fn tile_rows<V: Copy, T: Copy + Default>(
+    source: &[V],
     n: usize,
     groups: usize,
-    convert: impl Fn(u16) -> T,
+    convert: impl Fn(V) -> T,
 ) -> Vec<[T; LANES]> {
     let mut out = vec![[T::default(); LANES]; n.div_ceil(LANES) * groups];
     for (g, row) in source.chunks_exact(n).enumerate() {
@@ -349,8 +412,10 @@ fn scale_table(matrix: &QuantizedMatrix) -> Result<Box<[f32; 256]>> {
     Ok(table)
 }
 
-fn reorder_high_bits(word: u32) -> u32 {
-    (0..32).fold(0, |out, i| out | (word >> i & 1) << high_bit_position(i))
+fn reorder_high_bits(layout: Layout, word: u32) -> u32 {
+    let bits = layout.high_bits() as usize;
+    let field = |i: usize| word >> (bits * i) & ((1 << bits) - 1);
+    (0..layout.codes_per_unit()).fold(0, |out, i| out | field(i) << high_position(layout, i))
 }
 
 impl PackedExperts {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Computation, check, normals, poisoned, upload, upload_ids};
-use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme};
+use marlin_formats::{DType, Format, Group, QuantizedMatrix, ScaleKind, Scheme, Shift, StoredGroups};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
 use marlin_ops::{Backend, HostTensor, Linear, Result, Weight};
 
@@ -49,8 +49,39 @@ impl Computation for Product {
 
 fn quantized(format: Format, group_size: usize, n: usize, k: usize) -> Weight {
     let scheme = Scheme::new(format, group_size).unwrap();
+    if !format.can_encode() {
+        let codes: Vec<u8> = (0..n * k).map(|i| code_of(format, i * 37 % 251)).collect();
+        return stored(scheme, n, k, &codes);
+    }
     let values = normals(n * k, 3);
     Weight::quantized(QuantizedMatrix::encode(scheme, &values, n, k).unwrap()).unwrap()
+}
+
+/// Code `i` of a format, 0 for the NaNs of FP8: every sum would be NaN.
+fn code_of(format: Format, i: usize) -> u8 {
+    let code = (i % (1 << format.code_bits())) as u8;
+    if format.value(code, 0.0).is_finite() { code } else { 0 }
+}
+
+/// A weight of an imported format from its codes `[N, K]`; every group has a scale and zero or offset of its own.
+fn stored(scheme: Scheme, n: usize, k: usize, codes: &[u8]) -> Weight {
+    let (format, groups, blocks) = (scheme.format, scheme.groups(k) * n, scheme.super_blocks(k) * n);
+    let count = |stored: bool, count: usize| if stored { count } else { 0 };
+    let shifts = count(format.shift() != Shift::None, groups);
+    let floats = |count: usize, factor: f32| -> Vec<f32> { (0..count).map(|i| (i % 53 + 7) as f32 * factor).collect() };
+    let halves = |count: usize, first: u16| -> Vec<u16> { (0..count).map(|i| first + 37 * (i % 60) as u16).collect() };
+    let bytes = |count: usize, first: usize| -> Vec<u8> { (0..count).map(|i| (first + 11 * i) as u8).collect() };
+    let groups = match format.scale_kind() {
+        ScaleKind::F16 => StoredGroups::F16 { scales: &halves(groups, 0x2400), shifts: &halves(shifts, 0xB000) },
+        ScaleKind::F32 => StoredGroups::F32 { scales: &floats(groups, 0.001), offsets: &floats(shifts, -0.007) },
+        _ => StoredGroups::TwoLevel {
+            super_scales: &halves(blocks, 0x1400),
+            super_minima: &halves(count(format.has_offsets(), blocks), 0x9500),
+            scales: &bytes(groups, 200),
+            minima: &bytes(shifts, 9),
+        },
+    };
+    Weight::quantized(QuantizedMatrix::from_stored(scheme, k, n, codes, &groups).unwrap()).unwrap()
 }
 
 /// Group sizes that reach every path of a format: below, at and above a block of 32, and beyond K.
@@ -78,12 +109,10 @@ fn every_format_in_both_modes() {
 fn all_codes(format: Format, k: usize) -> Weight {
     let scheme = Scheme::with_default_group(format);
     let n = 1usize << format.code_bits();
-    // NaN and infinite codes of the 8-bit floats stay out: every sum would be NaN.
-    let code = |c: usize| match format.value(c as u8, 0.0).is_finite() {
-        true => c as u8,
-        false => 0,
-    };
-    let codes: Vec<u8> = (0..n * k).map(|i| code((i / k + i % k) % n)).collect();
+    let codes: Vec<u8> = (0..n * k).map(|i| code_of(format, i / k + i % k)).collect();
+    if !format.can_encode() {
+        return stored(scheme, n, k, &codes);
+    }
     let tensor_scale = (format == Format::Nvfp4).then_some(3.0);
     let groups: Vec<Group> = (0..n * scheme.groups(k))
         .map(|i| {

@@ -55,11 +55,41 @@ pub enum FormatError {
         /// Name of the scale type.
         kind: &'static str,
     },
-    /// A stored zero point that is NaN or infinite.
-    #[error("stored zero point bits {bits:#06x} are not a finite f16")]
+    /// A stored zero point or offset that is NaN or infinite.
+    #[error("stored zero point or offset bits {bits:#06x} are not a finite f16")]
     InvalidZero {
         /// The stored f16 bits.
         bits: u16,
+    },
+    /// An f32 scale or offset, or the f16 scale or minimum of a super-block, that is NaN or infinite.
+    #[error("stored {what} is {value}, which is not finite")]
+    InvalidValue {
+        /// What the value is.
+        what: &'static str,
+        /// The stored value.
+        value: f32,
+    },
+    /// Quantizing to a format that only imported checkpoints have.
+    #[error("{format} is only imported: weights cannot be quantized to it")]
+    ImportOnly {
+        /// The format.
+        format: Format,
+    },
+    /// A group of f32 or two-level scales given as two 16-bit values.
+    #[error("a group of {format} does not fit two 16-bit values")]
+    WideGroup {
+        /// The format.
+        format: Format,
+    },
+    /// Groups stored otherwise than the format stores them.
+    #[error("the groups of {format} have {expected} scales, found {found}")]
+    GroupKind {
+        /// The format.
+        format: Format,
+        /// Name of the format's scale type.
+        expected: &'static str,
+        /// Name of the scale type that was given.
+        found: &'static str,
     },
     /// NVFP4 without its tensor scale.
     #[error("{format} needs a tensor scale and none was given")]

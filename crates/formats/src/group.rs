@@ -6,25 +6,27 @@
 use half::f16;
 
 use crate::e8m0::{self, ScaleRule};
-use crate::{Format, FormatError, ScaleKind, fp4, fp8, normal_float};
+use crate::{Format, FormatError, Levels, ScaleKind, Shift, fp4, fp8, normal_float};
 
-/// Scale and zero of one group, as stored.
+/// Scale and zero or offset of one group, as stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Group {
-    /// f16 bits, or the E4M3 / E8M0 byte zero-extended.
+    /// f16 bits, or a byte zero-extended; 0 for f32 scales, which [`Group::scale`] holds as stored.
     pub scale_bits: u16,
-    /// f16 bits of the zero point; 0 when the format has none.
+    /// f16 bits of the zero point or offset, or the byte of the minimum; 0 when there is none, or where it is an f32.
     pub zero_bits: u16,
     /// The f32 multiplier of the group. For NVFP4 this is the E4M3 scale divided by the tensor
     /// scale. 0 marks a group of zeros.
     pub scale: f32,
     /// The zero point; 0 when the format has none.
     pub zero: f32,
+    /// What is added to the product; 0 when the format has no offsets. A stored minimum is a negative offset.
+    pub offset: f32,
 }
 
 impl Group {
     /// What a writer stores for a group without a nonzero weight, in every format.
-    pub const ZERO: Group = Group { scale_bits: 0, zero_bits: 0, scale: 0.0, zero: 0.0 };
+    pub const ZERO: Group = Group { scale_bits: 0, zero_bits: 0, scale: 0.0, zero: 0.0, offset: 0.0 };
 
     /// A group without zero point whose positive ideal scale is rounded to f16.
     pub(crate) fn from_ideal_f16_scale(ideal: f32) -> Result<Group, FormatError> {
@@ -55,8 +57,10 @@ impl Format {
     ///
     /// # Errors
     /// [`FormatError::NonFinite`] for a NaN or infinite weight, [`FormatError::ScaleOverflow`]
-    /// when an f16 scale would be infinite, and the tensor scale errors.
+    /// when an f16 scale would be infinite, [`FormatError::ImportOnly`] for a format outside
+    /// [`Format::ENCODABLE`], and the tensor scale errors.
     pub fn fit(self, group: &[f32], tensor_scale: Option<f32>) -> Result<Group, FormatError> {
+        self.check_encodable()?;
         let divisor = self.check_tensor_scale(tensor_scale)?;
         let (min, max) = range_with_zero(group)?;
         let amax = max.max(-min);
@@ -83,16 +87,18 @@ impl Format {
             Format::Int3 => 3.5,
             Format::Int2 => 1.5,
             Format::Nf4 | Format::Nf3 | Format::Nf2 => 1.0,
+            _ => return Err(FormatError::ImportOnly { format: self }),
         };
         Group::from_ideal_f16_scale(amax / scaled_max)
     }
 
-    /// Reads the stored scale and zero of a group. Formats without zeros ignore `zero_bits`.
+    /// Reads the stored scale and zero, or offset, of a group. Formats without either ignore `zero_bits`.
     ///
     /// # Errors
     /// [`FormatError::InvalidScale`] for a NaN or infinite scale, an E8M0 byte of 255, a negative
     /// or NaN E4M3 byte, or bits above the byte; [`FormatError::InvalidZero`] for a non-finite
-    /// zero; the tensor scale errors.
+    /// zero or offset; [`FormatError::WideGroup`] for f32 and two-level scales, which 16 bits do not
+    /// hold; the tensor scale errors.
     pub fn group_from_bits(
         self,
         scale_bits: u16,
@@ -110,45 +116,59 @@ impl Format {
                 _ => return Err(invalid()),
             },
             ScaleKind::E8m0 => e8m0::decode(byte()?)?,
+            ScaleKind::F32 | ScaleKind::F16U8 | ScaleKind::F16I8 => {
+                return Err(FormatError::WideGroup { format: self });
+            }
         };
         if !scale.is_finite() {
             return Err(invalid());
         }
-        if !self.has_zeros() {
-            return Ok(Group { scale_bits, scale, ..Group::ZERO });
+        let group = Group { scale_bits, scale, ..Group::ZERO };
+        if self.shift() == Shift::None {
+            return Ok(group);
         }
-        let zero = f16::from_bits(zero_bits).to_f32();
-        if !zero.is_finite() {
+        let value = f16::from_bits(zero_bits).to_f32();
+        if !value.is_finite() {
             return Err(FormatError::InvalidZero { bits: zero_bits });
         }
-        Ok(Group { scale_bits, zero_bits, scale, zero })
+        Ok(match self.shift() {
+            Shift::Offset => Group { zero_bits, offset: value, ..group },
+            _ => Group { zero_bits, zero: value, ..group },
+        })
     }
 
     /// The code of weight `w` (finite): one division by the stored scale, the format's rounding,
     /// then saturation. In a group of scale 0 every weight gets the code of +0.
     #[inline]
     pub fn code(self, w: f32, group: &Group) -> u8 {
+        let w = if self.has_offsets() { w - group.offset } else { w };
         let t = if group.scale == 0.0 { 0.0 } else { w / group.scale };
-        match self {
-            Format::Fp4E2m1 | Format::Nvfp4 | Format::Mxfp4 => fp4::encode(t),
-            Format::Int4U4 => asymmetric_code(t, group.zero, 15.0),
-            Format::Int8Asym => asymmetric_code(t, group.zero, 255.0),
-            Format::Int4S4 => (t.round_ties_even().clamp(-8.0, 7.0) + 8.0) as u8,
-            Format::Int8 => t.round_ties_even().clamp(-127.0, 127.0) as i8 as u8,
-            Format::Fp8E4m3 => fp8::e4m3::encode(t),
-            Format::Fp8E5m2 => fp8::e5m2::encode(t),
-            Format::Int3 => mid_rise_code(t, 3.5, 7.0),
-            Format::Int2 => mid_rise_code(t, 1.5, 3.0),
-            Format::Nf4 => normal_float::encode(&normal_float::NF4, t),
-            Format::Nf3 => normal_float::encode(&normal_float::NF3, t),
-            Format::Nf2 => normal_float::encode(&normal_float::NF2, t),
+        let last = ((1u32 << self.code_bits()) - 1) as f32;
+        match self.levels() {
+            Levels::E2m1 => fp4::encode(t),
+            Levels::E4m3 => fp8::e4m3::encode(t),
+            Levels::E5m2 => fp8::e5m2::encode(t),
+            Levels::Signed8 => t.round_ties_even().clamp(-127.0, 127.0) as i8 as u8,
+            Levels::Table(levels) => normal_float::encode(levels, t),
+            Levels::Minus { half } if half % 2 != 0 => mid_rise_code(t, half as f32 * 0.5, last),
+            Levels::Minus { half: 0 } => asymmetric_code(t, group.zero, last),
+            Levels::Minus { half } => {
+                let middle = half as f32 * 0.5;
+                (t.round_ties_even().clamp(-middle, last - middle) + middle) as u8
+            }
         }
     }
 
-    /// The weight a code stands for: its value times the group's scale, in f32.
+    /// The weight a code stands for: its value times the group's scale, in f32, plus the offset where there is one.
     #[inline]
     pub fn dequantize(self, code: u8, group: &Group) -> f32 {
-        self.value(code, group.zero) * group.scale
+        let product = self.value(code, group.zero) * group.scale;
+        // An offset of 0 would turn -0 into 0.
+        if self.has_offsets() { product + group.offset } else { product }
+    }
+
+    pub(crate) fn check_encodable(self) -> Result<(), FormatError> {
+        if self.can_encode() { Ok(()) } else { Err(FormatError::ImportOnly { format: self }) }
     }
 
     /// The divisor of the group scales: the tensor scale for NVFP4, 1 for formats without one.
@@ -168,7 +188,8 @@ fn fit_asymmetric(min: f32, max: f32, levels: f32) -> Result<Group, FormatError>
     let scale = round_scale((max - min) / levels)?;
     // Adding +0 turns the -0 of a group without negative weights into the stored +0.
     let zero = (-min / scale.to_f32()).round_ties_even().clamp(0.0, levels) + 0.0;
-    Ok(Group { scale_bits: scale.to_bits(), zero_bits: f16::from_f32(zero).to_bits(), scale: scale.to_f32(), zero })
+    let (scale_bits, zero_bits) = (scale.to_bits(), f16::from_f32(zero).to_bits());
+    Ok(Group { scale_bits, zero_bits, scale: scale.to_f32(), zero, ..Group::ZERO })
 }
 
 /// `rint(t) + z` clamped to the grid. A fractional zero read from a file moves the rounding

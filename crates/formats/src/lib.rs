@@ -4,8 +4,9 @@
 //!
 //! - element codes: [`fp4`], [`fp8`], [`e8m0`], [`normal_float`];
 //! - packed words: [`pack`];
-//! - [`Format`] and [`Scheme`], a format with its group size along K;
-//! - [`Group`], the stored scale and zero of one group, and the rules that choose and read them;
+//! - [`Format`], what it stores ([`Levels`], [`ScaleKind`], [`Shift`]), and [`Scheme`], with its group size along K;
+//! - [`Group`], the stored scale and zero or offset of one group, and the rules that choose and read them;
+//! - [`StoredGroups`], the groups of an imported matrix as its checkpoint stores them;
 //! - [`QuantizedMatrix`], one weight matrix in the native K-major layout;
 //! - [`exl3`]: trellis codes, whose matrices are not grouped;
 //! - [`DType`], the element types of stored tensors.
@@ -13,6 +14,7 @@
 //! Throughout, `K` is in_features (the reduction axis), `N` is out_features, and dense weights
 //! are `[N, K]` row-major as in Hugging Face checkpoints.
 
+mod definition;
 mod dtype;
 pub mod e8m0;
 mod error;
@@ -25,10 +27,13 @@ mod matrix;
 pub mod normal_float;
 pub mod pack;
 mod scheme;
+mod stored;
 
+pub use definition::{IQ4, Levels, SUPER_BLOCK, ScaleKind, Shift};
 pub use dtype::DType;
 pub use error::FormatError;
-pub use format::{Format, ScaleKind};
+pub use format::Format;
 pub use group::Group;
 pub use matrix::QuantizedMatrix;
 pub use scheme::Scheme;
+pub use stored::StoredGroups;

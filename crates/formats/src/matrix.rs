@@ -1,6 +1,7 @@
 //! One quantized weight matrix in the native K-major layout.
 
-use crate::{Format, FormatError, Group, Scheme};
+use crate::stored::store_f32;
+use crate::{Format, FormatError, Group, ScaleKind, Scheme, Shift};
 
 /// One weight matrix in the native K-major container layout.
 ///
@@ -16,31 +17,49 @@ pub struct QuantizedMatrix {
     pub out_features: usize,
     /// Packed codes, `[code_rows, N]` row-major.
     pub codes: Vec<u32>,
-    /// Group scales, `[G, N]` row-major: f16 bits, or the E4M3 / E8M0 byte zero-extended.
+    /// Group scales, `[G, N]` row-major: f16 bits, a byte zero-extended, or the two halves of an f32, the low one first.
     pub scales: Vec<u16>,
-    /// Zero points, `[G, N]` row-major f16 bits; empty when the format has none.
+    /// Zero points or offsets, `[G, N]` row-major, stored as the scales are; empty when the format has none.
     pub zeros: Vec<u16>,
+    /// f16 bits that two-level scales are multiplied with, `[super-blocks, N]` row-major; empty in other formats.
+    pub super_scales: Vec<u16>,
+    /// f16 bits that two-level minima are multiplied with, as [`QuantizedMatrix::super_scales`].
+    pub super_minima: Vec<u16>,
     /// The NVFP4 tensor scale, a divisor; `None` for every other format.
     pub tensor_scale: Option<f32>,
 }
 
 /// Buffer lengths that a shape requires.
-struct Lengths {
-    elements: usize,
+pub(crate) struct Lengths {
+    pub(crate) elements: usize,
     codes: usize,
-    groups: usize,
+    pub(crate) groups: usize,
+    scales: usize,
+    zeros: usize,
+    pub(crate) super_scales: usize,
+    pub(crate) super_minima: usize,
 }
 
 impl Lengths {
     /// Checks the group size and that `[N, K]` is neither empty nor beyond the address space.
-    fn new(scheme: Scheme, out_features: usize, in_features: usize) -> Result<Self, FormatError> {
-        scheme.format.check_group_size(scheme.group_size)?;
+    pub(crate) fn new(scheme: Scheme, out_features: usize, in_features: usize) -> Result<Self, FormatError> {
+        let format = scheme.format;
+        format.check_group_size(scheme.group_size)?;
         let columns_of = |rows: usize| rows.checked_mul(out_features).filter(|&count| count > 0);
+        let words = format.scale_kind().words();
+        let shifts = usize::from(format.shift() != Shift::None);
         let lengths = || {
+            let groups = columns_of(scheme.groups(in_features))?;
+            let scales = groups.checked_mul(words)?;
+            let super_scales = scheme.super_blocks(in_features).checked_mul(out_features)?;
             Some(Lengths {
                 elements: columns_of(in_features)?,
                 codes: columns_of(scheme.code_rows(in_features))?,
-                groups: columns_of(scheme.groups(in_features))?,
+                groups,
+                scales,
+                zeros: scales * shifts,
+                super_scales,
+                super_minima: super_scales * shifts,
             })
         };
         lengths().ok_or(FormatError::Shape { out_features, in_features })
@@ -52,13 +71,14 @@ impl QuantizedMatrix {
     ///
     /// # Errors
     /// [`FormatError::NonFiniteWeight`] with the index of a NaN or infinite weight, a scale
-    /// overflow with its group, a wrong group size, length or shape.
+    /// overflow with its group, [`FormatError::ImportOnly`], a wrong group size, length or shape.
     pub fn encode(
         scheme: Scheme,
         weight: &[f32],
         out_features: usize,
         in_features: usize,
     ) -> Result<Self, FormatError> {
+        scheme.format.check_encodable()?;
         let lengths = Lengths::new(scheme, out_features, in_features)?;
         check_length("weight", lengths.elements, weight.len())?;
         if let Some(index) = weight.iter().position(|w| !w.is_finite()) {
@@ -87,7 +107,8 @@ impl QuantizedMatrix {
     ///
     /// # Errors
     /// [`FormatError::CodeOutOfRange`] for a code wider than the format's, a group that
-    /// [`Format::group_from_bits`] refuses, a wrong group size, length or shape.
+    /// [`Format::group_from_bits`] refuses, [`FormatError::WideGroup`] for two-level formats (see
+    /// [`QuantizedMatrix::from_stored`]), a wrong group size, length or shape.
     pub fn from_codes(
         scheme: Scheme,
         in_features: usize,
@@ -97,17 +118,11 @@ impl QuantizedMatrix {
         tensor_scale: Option<f32>,
     ) -> Result<Self, FormatError> {
         let lengths = Lengths::new(scheme, out_features, in_features)?;
-        check_length("codes", lengths.elements, codes.len())?;
         check_length("groups", lengths.groups, groups.len())?;
-        let bits = scheme.format.code_bits();
-        if let Some(index) = codes.iter().position(|&code| u32::from(code) >= 1 << bits) {
-            let (n, k) = (index / in_features, index % in_features);
-            return Err(FormatError::CodeOutOfRange { n, k, code: codes[index], bits });
+        if scheme.format.scale_kind().is_two_level() {
+            return Err(FormatError::WideGroup { format: scheme.format });
         }
-        let mut matrix = Self::zeroed(scheme, in_features, out_features, &lengths, tensor_scale);
-        for (n, column) in codes.chunks_exact(in_features).enumerate() {
-            scheme.format.layout().store_column(column, &mut matrix.codes, out_features, n);
-        }
+        let mut matrix = Self::packed(scheme, in_features, out_features, codes, &lengths, tensor_scale)?;
         let groups_per_column = scheme.groups(in_features);
         for (index, group) in groups.iter().enumerate() {
             matrix.store_group(index / groups_per_column, index % groups_per_column, group);
@@ -196,8 +211,33 @@ impl QuantizedMatrix {
                 // The zero is +0 in formats without one, where subtracting it changes nothing.
                 *out = (values[usize::from(code)] - group.zero) * group.scale;
             }
+            if self.scheme.format.has_offsets() {
+                out.iter_mut().for_each(|w| *w += group.offset);
+            }
         }
         Ok(())
+    }
+
+    /// Unpacked codes `[N, K]`, packed; groups of zeros.
+    pub(crate) fn packed(
+        scheme: Scheme,
+        in_features: usize,
+        out_features: usize,
+        codes: &[u8],
+        lengths: &Lengths,
+        tensor_scale: Option<f32>,
+    ) -> Result<Self, FormatError> {
+        check_length("codes", lengths.elements, codes.len())?;
+        let bits = scheme.format.code_bits();
+        if let Some(index) = codes.iter().position(|&code| u32::from(code) >= 1 << bits) {
+            let (n, k) = (index / in_features, index % in_features);
+            return Err(FormatError::CodeOutOfRange { n, k, code: codes[index], bits });
+        }
+        let mut matrix = Self::zeroed(scheme, in_features, out_features, lengths, tensor_scale);
+        for (n, column) in codes.chunks_exact(in_features).enumerate() {
+            scheme.format.layout().store_column(column, &mut matrix.codes, out_features, n);
+        }
+        Ok(matrix)
     }
 
     fn zeroed(
@@ -207,38 +247,46 @@ impl QuantizedMatrix {
         lengths: &Lengths,
         tensor_scale: Option<f32>,
     ) -> Self {
-        let zeros = if scheme.format.has_zeros() { lengths.groups } else { 0 };
         Self {
             scheme,
             in_features,
             out_features,
             codes: vec![0; lengths.codes],
-            scales: vec![0; lengths.groups],
-            zeros: vec![0; zeros],
+            scales: vec![0; lengths.scales],
+            zeros: vec![0; lengths.zeros],
+            super_scales: vec![0; lengths.super_scales],
+            super_minima: vec![0; lengths.super_minima],
             tensor_scale,
         }
     }
 
     fn check_lengths(&self) -> Result<Lengths, FormatError> {
         let lengths = Lengths::new(self.scheme, self.out_features, self.in_features)?;
-        let zeros = if self.scheme.format.has_zeros() { lengths.groups } else { 0 };
         check_length("codes", lengths.codes, self.codes.len())?;
-        check_length("scales", lengths.groups, self.scales.len())?;
-        check_length("zeros", zeros, self.zeros.len())?;
+        check_length("scales", lengths.scales, self.scales.len())?;
+        check_length("zeros", lengths.zeros, self.zeros.len())?;
+        check_length("super_scales", lengths.super_scales, self.super_scales.len())?;
+        check_length("super_minima", lengths.super_minima, self.super_minima.len())?;
         Ok(lengths)
     }
 
     /// Reads a group whose indices and buffers have been checked.
     fn read_group(&self, n: usize, g: usize) -> Result<Group, FormatError> {
-        let at = g * self.out_features + n;
-        let zero_bits = if self.scheme.format.has_zeros() { self.zeros[at] } else { 0 };
-        self.scheme.format.group_from_bits(self.scales[at], zero_bits, self.tensor_scale).map_err(in_group(n, g))
+        self.stored_group(n, g).map_err(in_group(n, g))
     }
 
     fn store_group(&mut self, n: usize, g: usize, group: &Group) {
         let at = g * self.out_features + n;
+        let format = self.scheme.format;
+        if format.scale_kind() == ScaleKind::F32 {
+            store_f32(&mut self.scales, at, group.scale);
+            if format.has_offsets() {
+                store_f32(&mut self.zeros, at, group.offset);
+            }
+            return;
+        }
         self.scales[at] = group.scale_bits;
-        if self.scheme.format.has_zeros() {
+        if format.shift() != Shift::None {
             self.zeros[at] = group.zero_bits;
         }
     }
@@ -253,7 +301,7 @@ fn in_group(n: usize, g: usize) -> impl Fn(FormatError) -> FormatError {
     move |source| FormatError::InGroup { n, g, source: Box::new(source) }
 }
 
-fn check_length(what: &'static str, expected: usize, found: usize) -> Result<(), FormatError> {
+pub(crate) fn check_length(what: &'static str, expected: usize, found: usize) -> Result<(), FormatError> {
     if expected == found { Ok(()) } else { Err(FormatError::Length { what, expected, found }) }
 }
 

@@ -1,18 +1,22 @@
 //! Codes in u32 words, in the native K-major layout `[words, N]`.
 //!
 //! 2-, 4- and 8-bit codes lie LSB first along K: code `i` of a word is at bits `[b*i, b*(i+1))`.
-//! 3-bit codes are planar: 32 codes take three words, the low two bits of codes 0..16, those of
-//! codes 16..32, then bit 2 of all 32, so that no code straddles a word.
+//! 3-, 5- and 6-bit codes are planar, so that no code straddles a word: a unit is the words of the low 2 (3-bit) or
+//! 4 (5- and 6-bit) bits of its codes, then one word of the remaining 1 or 2 high bits of each, LSB first as well.
 
 /// How the codes of one column lie in u32 words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// 16 two-bit codes a word.
     Bits2,
-    /// 32 three-bit codes in three words, two bit planes.
+    /// 32 three-bit codes in three words: two of two bits each, one of bit 2.
     Planar3,
     /// 8 four-bit codes a word.
     Bits4,
+    /// 32 five-bit codes in five words: four of four bits each, one of bit 4.
+    Planar5,
+    /// 16 six-bit codes in three words: two of four bits each, one of bits 4 and 5.
+    Planar6,
     /// 4 eight-bit codes a word.
     Bits8,
 }
@@ -20,30 +24,38 @@ pub enum Layout {
 impl Layout {
     /// Bits of one code.
     pub const fn bits(self) -> u32 {
+        self.low_bits() + self.high_bits()
+    }
+
+    /// Bits of one code in the low words of a unit.
+    pub const fn low_bits(self) -> u32 {
         match self {
-            Layout::Bits2 => 2,
-            Layout::Planar3 => 3,
-            Layout::Bits4 => 4,
+            Layout::Bits2 | Layout::Planar3 => 2,
+            Layout::Bits4 | Layout::Planar5 | Layout::Planar6 => 4,
             Layout::Bits8 => 8,
         }
     }
 
-    /// Codes in the smallest whole unit: one word, or three words for the planar layout.
-    pub const fn codes_per_unit(self) -> usize {
+    /// Bits of one code in the last word of a unit: 0, 1 or 2.
+    pub const fn high_bits(self) -> u32 {
         match self {
-            Layout::Bits2 => 16,
-            Layout::Planar3 => 32,
-            Layout::Bits4 => 8,
-            Layout::Bits8 => 4,
+            Layout::Bits2 | Layout::Bits4 | Layout::Bits8 => 0,
+            Layout::Planar3 | Layout::Planar5 => 1,
+            Layout::Planar6 => 2,
+        }
+    }
+
+    /// Codes in the smallest whole unit: one word, or what fills the word of high bits.
+    pub const fn codes_per_unit(self) -> usize {
+        match self.high_bits() {
+            0 => 32 / self.low_bits() as usize,
+            high => 32 / high as usize,
         }
     }
 
     /// Words in the smallest whole unit.
     pub const fn words_per_unit(self) -> usize {
-        match self {
-            Layout::Planar3 => 3,
-            _ => 1,
-        }
+        self.codes_per_unit() * self.bits() as usize / 32
     }
 
     /// u32 rows that hold `in_features` codes a column, the last unit padded.
@@ -61,17 +73,9 @@ impl Layout {
         debug_assert!(codes.iter().all(|&c| u32::from(c) < 1 << self.bits()));
         let mut at = n;
         for unit in codes.chunks(self.codes_per_unit()) {
-            match self {
-                Layout::Planar3 => {
-                    for word in pack_planar3(unit) {
-                        words[at] = word;
-                        at += out_features;
-                    }
-                }
-                _ => {
-                    words[at] = pack_word(unit, self.bits());
-                    at += out_features;
-                }
+            for word in &self.pack_unit(unit)[..self.words_per_unit()] {
+                words[at] = *word;
+                at += out_features;
             }
         }
     }
@@ -83,22 +87,13 @@ impl Layout {
     pub fn load_column(self, words: &[u32], out_features: usize, n: usize, codes: &mut [u8]) {
         let mut at = n;
         for unit in codes.chunks_mut(self.codes_per_unit()) {
-            match self {
-                Layout::Planar3 => {
-                    let planes = [words[at], words[at + out_features], words[at + 2 * out_features]];
-                    for (i, code) in unit.iter_mut().enumerate() {
-                        *code = planar3_code(planes, i);
-                    }
-                    at += 3 * out_features;
-                }
-                _ => {
-                    let (mut word, bits) = (words[at], self.bits());
-                    for code in unit {
-                        *code = (word & ((1 << bits) - 1)) as u8;
-                        word >>= bits;
-                    }
-                    at += out_features;
-                }
+            let mut loaded = [0; MAX_UNIT_WORDS];
+            for word in &mut loaded[..self.words_per_unit()] {
+                *word = words[at];
+                at += out_features;
+            }
+            for (i, code) in unit.iter_mut().enumerate() {
+                *code = self.unit_code(|w| loaded[w], i);
             }
         }
     }
@@ -109,35 +104,35 @@ impl Layout {
     /// When the position lies outside `words`.
     pub fn code(self, words: &[u32], out_features: usize, n: usize, k: usize) -> u8 {
         let (unit, i) = (k / self.codes_per_unit(), k % self.codes_per_unit());
-        let word = |row: usize| words[row * out_features + n];
-        match self {
-            Layout::Planar3 => planar3_code([word(3 * unit), word(3 * unit + 1), word(3 * unit + 2)], i),
-            _ => (word(unit) >> (self.bits() as usize * i) & ((1 << self.bits()) - 1)) as u8,
+        self.unit_code(|w| words[(unit * self.words_per_unit() + w) * out_features + n], i)
+    }
+
+    /// The words of at most one unit of codes.
+    #[inline]
+    fn pack_unit(self, codes: &[u8]) -> [u32; MAX_UNIT_WORDS] {
+        let mut words = [0; MAX_UNIT_WORDS];
+        let (low, high) = (self.low_bits() as usize, self.high_bits() as usize);
+        for (i, &code) in codes.iter().enumerate() {
+            let code = u32::from(code);
+            words[i * low / 32] |= (code & ((1 << low) - 1)) << (i * low % 32);
+            if high > 0 {
+                words[self.words_per_unit() - 1] |= code >> low << (i * high);
+            }
         }
+        words
+    }
+
+    /// Code `i` of a unit whose words are given.
+    #[inline]
+    fn unit_code(self, word: impl Fn(usize) -> u32, i: usize) -> u8 {
+        let (low, high) = (self.low_bits() as usize, self.high_bits() as usize);
+        let mut code = word(i * low / 32) >> (i * low % 32) & ((1 << low) - 1);
+        if high > 0 {
+            code |= (word(self.words_per_unit() - 1) >> (i * high) & ((1 << high) - 1)) << low;
+        }
+        code as u8
     }
 }
 
-/// One word of LSB-first codes, at most `32 / bits` of them.
-#[inline]
-fn pack_word(codes: &[u8], bits: u32) -> u32 {
-    codes.iter().rev().fold(0, |word, &code| (word << bits) | u32::from(code))
-}
-
-/// The three words of at most 32 three-bit codes.
-#[inline]
-fn pack_planar3(codes: &[u8]) -> [u32; 3] {
-    let mut planes = [0; 3];
-    for (i, &code) in codes.iter().enumerate() {
-        planes[i / 16] |= u32::from(code & 3) << (2 * (i % 16));
-        planes[2] |= u32::from(code >> 2) << i;
-    }
-    planes
-}
-
-/// Code `i` of the 32 in three planar words.
-#[inline]
-fn planar3_code(planes: [u32; 3], i: usize) -> u8 {
-    let low = planes[i / 16] >> (2 * (i % 16)) & 3;
-    let high = planes[2] >> i & 1;
-    (low | high << 2) as u8
-}
+/// Words of the largest unit.
+const MAX_UNIT_WORDS: usize = 5;

@@ -1,6 +1,6 @@
 //! A format together with its group size.
 
-use crate::{Format, FormatError, Group};
+use crate::{Format, FormatError, Group, SUPER_BLOCK, Shift};
 
 /// A format with its group size along K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,12 +36,17 @@ impl Scheme {
         self.format.layout().rows(in_features)
     }
 
-    /// Stored bits (codes with padding, scales, zeros, tensor scale) divided by `K * N`.
+    /// Super-blocks of one column, the last one possibly short; 0 where scales have one level.
+    pub const fn super_blocks(&self, in_features: usize) -> usize {
+        if self.format.scale_kind().is_two_level() { in_features.div_ceil(SUPER_BLOCK) } else { 0 }
+    }
+
+    /// Stored bits (codes with padding, scales, zeros or offsets, tensor scale) divided by `K * N`.
     pub fn bits_per_weight(&self, in_features: usize, out_features: usize) -> f64 {
-        let zero_bits = if self.format.has_zeros() { 16 } else { 0 };
-        let group_bits = self.format.scale_kind().bits() + zero_bits;
-        let column_bits =
-            self.code_rows(in_features) as f64 * 32.0 + self.groups(in_features) as f64 * f64::from(group_bits);
+        let values = if self.format.shift() == Shift::None { 1 } else { 2 };
+        let group_bits = self.groups(in_features) as f64 * f64::from(self.format.scale_kind().bits() * values);
+        let super_bits = self.super_blocks(in_features) as f64 * f64::from(16 * values);
+        let column_bits = self.code_rows(in_features) as f64 * 32.0 + group_bits + super_bits;
         let tensor_bits = if self.format == Format::Nvfp4 { 32.0 } else { 0.0 };
         (column_bits + tensor_bits / out_features as f64) / in_features as f64
     }

@@ -22,12 +22,13 @@ fn names_round_trip_and_follow_the_document() {
         "nf3",
         "nf2",
     ];
-    assert_eq!(Format::ALL.map(Format::name), names);
+    assert_eq!(Format::ENCODABLE.map(Format::name), names);
+    assert_eq!(Format::ALL[..14], Format::ENCODABLE);
     for format in Format::ALL {
         assert_eq!(format.name().parse::<Format>().unwrap(), format);
         assert_eq!(format.to_string(), format.name());
     }
-    assert_eq!(Format::ALL.iter().collect::<HashSet<_>>().len(), 14);
+    assert_eq!(Format::ALL.iter().collect::<HashSet<_>>().len(), 33);
 }
 
 #[test]
@@ -41,10 +42,10 @@ fn aliases() {
 
 #[test]
 fn an_unknown_name_is_answered_with_every_valid_one() {
-    let error = "q4_k".parse::<Format>().unwrap_err();
-    assert_eq!(error, FormatError::UnknownFormat { name: "q4_k".to_owned() });
+    let error = "q7_k".parse::<Format>().unwrap_err();
+    assert_eq!(error, FormatError::UnknownFormat { name: "q7_k".to_owned() });
     let message = error.to_string();
-    assert!(message.contains("`q4_k`"), "{message}");
+    assert!(message.contains("`q7_k`"), "{message}");
     for format in Format::ALL {
         assert!(message.contains(&format!(" {}", format.name())), "{message}");
     }
@@ -56,12 +57,12 @@ fn an_unknown_name_is_answered_with_every_valid_one() {
 #[test]
 fn code_widths_zeros_and_scale_kinds() {
     use Format::*;
-    for format in Format::ALL {
+    for format in Format::ENCODABLE {
         let bits = match format {
             Int2 | Nf2 => 2,
             Int3 | Nf3 => 3,
             Fp4E2m1 | Nvfp4 | Mxfp4 | Int4U4 | Int4S4 | Nf4 => 4,
-            Int8 | Int8Asym | Fp8E4m3 | Fp8E5m2 => 8,
+            _ => 8,
         };
         assert_eq!(format.code_bits(), bits, "{format}");
         assert_eq!(format.has_zeros(), matches!(format, Int4U4 | Int8Asym), "{format}");
@@ -76,7 +77,7 @@ fn code_widths_zeros_and_scale_kinds() {
 
 #[test]
 fn default_group_sizes_are_valid() {
-    for format in Format::ALL {
+    for format in Format::ENCODABLE {
         let expected = match format {
             Format::Nvfp4 => 16,
             Format::Mxfp4 => 32,
@@ -84,6 +85,7 @@ fn default_group_sizes_are_valid() {
             _ => 128,
         };
         assert_eq!(format.default_group_size(), expected);
+        assert!(format.can_encode());
         let scheme = Scheme::with_default_group(format);
         assert_eq!(Scheme::new(format, expected).unwrap(), scheme);
     }
@@ -91,15 +93,17 @@ fn default_group_sizes_are_valid() {
 
 #[test]
 fn group_size_rules() {
+    use Format::*;
     for format in Format::ALL {
         let fixed = match format {
-            Format::Nvfp4 => Some(16),
-            Format::Mxfp4 => Some(32),
+            Nvfp4 | Q2K | Q3K | Q6K => Some(16),
+            Mxfp4 | Q4K | Q5K | Iq4Xs | Iq4Nl | Q4_1 | Q5_0 | Q5_1 => Some(32),
             _ => None,
         };
+        assert_eq!(format.fixed_group_size(), fixed);
         let unit = match format.code_bits() {
-            2 => 16,
-            3 => 32,
+            2 | 6 => 16,
+            3 | 5 => 32,
             4 => 8,
             _ => 4,
         };
@@ -156,6 +160,20 @@ fn bits_per_weight_of_the_summary_table() {
     assert_eq!(bits(Format::Nf3, 64, k, n), 3.25);
     assert_eq!(bits(Format::Int2, 128, k, n), 2.125);
     assert_eq!(bits(Format::Nf4, 64, k, n), 4.25);
+    let fixed = |format| Scheme::with_default_group(format).bits_per_weight(k, n);
+    // Sub-scales take eight bits, where the two-level formats of ggml store four to eight.
+    assert_eq!(fixed(Format::Q2K), 2.0 + 16.0 / 16.0 + 32.0 / 256.0);
+    assert_eq!(fixed(Format::Q3K), 3.0 + 8.0 / 16.0 + 16.0 / 256.0);
+    assert_eq!(fixed(Format::Q4K), 4.0 + 16.0 / 32.0 + 32.0 / 256.0);
+    assert_eq!(fixed(Format::Q5K), 5.0 + 16.0 / 32.0 + 32.0 / 256.0);
+    assert_eq!(fixed(Format::Q6K), 6.5625);
+    assert_eq!(fixed(Format::Iq4Xs), 4.0 + 8.0 / 32.0 + 16.0 / 256.0);
+    assert_eq!([Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Iq4Nl].map(fixed), [5.0, 5.5, 6.0, 4.5]);
+    assert_eq!(bits(Format::Affine6, 64, k, n), 7.0);
+    assert_eq!(bits(Format::Fp8E4m3F32, 128, k, n), 8.25);
+    assert_eq!(bits(Format::Int3U3, 128, k, n), 3.25);
+    // A short super-block stores its f16 as well.
+    assert_eq!(bits(Format::Q4K, 32, 288, 1), (288.0 * 4.0 + 9.0 * 16.0 + 2.0 * 32.0) / 288.0);
     // Padding counts: 12 weights in two words with two scales.
     assert_eq!(bits(Format::Fp4E2m1, 8, 12, 1), 96.0 / 12.0);
     assert_eq!(bits(Format::Nvfp4, 16, 16, 2), (2.0 * 72.0 + 32.0) / 32.0);

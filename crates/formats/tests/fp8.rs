@@ -115,7 +115,7 @@ fn vector_3c() {
 
 /// Codes and dequantized values of a block under an f32 multiplier.
 fn block(scale: f32, weights: [f32; 4]) -> ([u8; 4], [f32; 4]) {
-    let group = Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0 };
+    let group = Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0, offset: 0.0 };
     let codes = weights.map(|w| Format::Fp8E4m3.code(w, &group));
     (codes, codes.map(|code| Format::Fp8E4m3.dequantize(code, &group)))
 }

@@ -160,7 +160,7 @@ fn non_finite_zeros_are_refused() {
     }
     // Formats without zeros do not look at the bits.
     let read = Format::Int4S4.group_from_bits(0x3C00, 0x7C00, None).unwrap();
-    assert_eq!(read, Group { scale_bits: 0x3C00, zero_bits: 0, scale: 1.0, zero: 0.0 });
+    assert_eq!(read, Group { scale_bits: 0x3C00, zero_bits: 0, scale: 1.0, zero: 0.0, offset: 0.0 });
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn vector_4c_nf2() {
 
 #[test]
 fn vector_4d_nf4_with_an_f32_scale() {
-    let group = Group { scale_bits: 0, zero_bits: 0, scale: 1.2, zero: 0.0 };
+    let group = Group { scale_bits: 0, zero_bits: 0, scale: 1.2, zero: 0.0, offset: 0.0 };
     let codes: Vec<u8> = WEIGHTS_4A[..8].iter().map(|&w| Format::Nf4.code(w, &group)).collect();
     assert_eq!(codes, [10, 1, 15, 6, 12, 2, 7, 0]);
     let mut words = [0];

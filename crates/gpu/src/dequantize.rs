@@ -2,12 +2,11 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::Result;
 use marlin_ops::convert::{DequantizeArgs, WeightOrder};
 
 use crate::Gpu;
-use crate::decode::{Decoder, Levels, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, Levels, decode_unit, group_scale, group_zero, weight_of};
 use crate::element::{Storage, store};
 use crate::launch::{cubes_for, units};
 
@@ -25,7 +24,7 @@ struct DequantizeConfig {
 fn dequantize_units<S: Numeric, O: Numeric>(
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     out: &mut [O],
     in_features: u32,
@@ -48,7 +47,7 @@ fn dequantize_units<S: Numeric, O: Numeric>(
         if comptime!(c.decoder.levels != Levels::Dense) {
             let at = unit * width / comptime!(c.decoder.group_size.max(1)) * out_features as usize + column;
             scale = group_scale::<S>(scales, table, at, c.decoder);
-            zero = group_zero(zeros, at, c.decoder);
+            zero = group_zero::<S>(zeros, at, c.decoder);
         }
         #[unroll]
         for i in 0..width {
@@ -56,7 +55,7 @@ fn dequantize_units<S: Numeric, O: Numeric>(
             if row < k {
                 let mut value = values[i];
                 if comptime!(c.decoder.levels != Levels::Dense) {
-                    value = (value - zero) * scale;
+                    value = weight_of(value, scale, zero, c.decoder);
                 }
                 if comptime!(c.order == WeightOrder::OutputMajor) {
                     store::<O>(out, n * k + row, value, c.out);

@@ -1,8 +1,9 @@
 //! Weights in device memory.
 
+use std::borrow::Cow;
+
 use cubecl::prelude::*;
-use marlin_formats::pack::Layout;
-use marlin_formats::{QuantizedMatrix, ScaleKind};
+use marlin_formats::{QuantizedMatrix, ScaleKind, Shift};
 use marlin_ops::{HostTensor, Result, Weight, WeightData};
 
 use crate::decode::{Codes, Decoder, PADDED, Scale};
@@ -17,10 +18,10 @@ pub struct GpuWeight {
     /// `[word rows, N]`.
     pub(crate) words: Buffer,
     pub(crate) word_count: usize,
-    /// `[G, N]`, f16 or bytes.
+    /// `[G, N]`, f16, f32 or bytes.
     pub(crate) scales: Buffer,
     pub(crate) scale_count: usize,
-    /// `[G, N]` f16.
+    /// Zero points or offsets, `[G, N]`, of the type of the scales.
     pub(crate) zeros: Buffer,
     pub(crate) zero_count: usize,
     /// Values of codes or of scale bytes, 256 f32 where the decoder looks them up.
@@ -36,7 +37,8 @@ pub(crate) struct Packed {
     pub(crate) words: Vec<u32>,
     pub(crate) scales: Vec<u8>,
     pub(crate) scale_count: usize,
-    pub(crate) zeros: Vec<u16>,
+    pub(crate) zeros: Vec<u8>,
+    pub(crate) zero_count: usize,
     pub(crate) table: Vec<f32>,
 }
 
@@ -55,8 +57,8 @@ impl GpuWeight {
             words: gpu.create_u32(OP, &packed.words)?,
             scale_count: packed.scale_count.max(1),
             scales: gpu.create(OP, &packed.scales)?,
-            zero_count: packed.zeros.len().max(1),
-            zeros: gpu.create(OP, bytemuck::cast_slice(&packed.zeros))?,
+            zero_count: packed.zero_count.max(1),
+            zeros: gpu.create(OP, &packed.zeros)?,
             table_len: packed.table.len().max(1),
             table: gpu.create_f32(OP, &packed.table)?,
             bias,
@@ -96,16 +98,21 @@ fn pack_dense(tensor: &HostTensor, n: usize, k: usize) -> Result<Packed> {
             }
         }
     }
-    Ok(Packed { decoder, words, scales: Vec::new(), scale_count: 0, zeros: Vec::new(), table: Vec::new() })
+    let (scales, zeros, table) = (Vec::new(), Vec::new(), Vec::new());
+    Ok(Packed { decoder, words, scales, scale_count: 0, zeros, zero_count: 0, table })
 }
 
 fn pack_quantized(matrix: &QuantizedMatrix) -> Result<Packed> {
     let decoder = Decoder::quantized(matrix.scheme);
     let format = matrix.scheme.format;
-    let scales = match format.scale_kind() {
-        ScaleKind::F16 => bytemuck::cast_slice(&matrix.scales).to_vec(),
-        ScaleKind::E4m3 | ScaleKind::E8m0 => matrix.scales.iter().map(|&bits| bits as u8).collect(),
+    let (scales, zeros) = match format.scale_kind() {
+        ScaleKind::F16 | ScaleKind::F32 => {
+            (bytemuck::cast_slice(&matrix.scales).to_vec(), bytemuck::cast_slice(&matrix.zeros).to_vec())
+        }
+        ScaleKind::E4m3 | ScaleKind::E8m0 => (matrix.scales.iter().map(|&bits| bits as u8).collect(), Vec::new()),
+        ScaleKind::F16U8 | ScaleKind::F16I8 => multiplied_out(matrix)?,
     };
+    let groups = matrix.scheme.groups(matrix.in_features) * matrix.out_features;
     let table = if decoder.scale == Scale::Byte {
         let value =
             |byte: u16| format.group_from_bits(byte, 0, matrix.tensor_scale).map_or(f32::NAN, |group| group.scale);
@@ -115,12 +122,45 @@ fn pack_quantized(matrix: &QuantizedMatrix) -> Result<Packed> {
     };
     Ok(Packed {
         decoder,
-        words: pad(&matrix.codes, decoder, matrix.out_features, matrix.in_features),
+        words: pad(&codes(matrix, decoder), decoder, matrix.out_features, matrix.in_features),
         scales,
-        scale_count: matrix.scales.len(),
-        zeros: matrix.zeros.clone(),
+        scale_count: groups,
+        zeros,
+        zero_count: if format.shift() == Shift::None { 0 } else { groups },
         table,
     })
+}
+
+/// Two-level scales and offsets as the bytes of f32, `[G, N]`.
+fn multiplied_out(matrix: &QuantizedMatrix) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (mut scales, mut offsets) = (Vec::new(), Vec::new());
+    for g in 0..matrix.scheme.groups(matrix.in_features) {
+        for n in 0..matrix.out_features {
+            let group = matrix.group(n, g)?;
+            scales.extend(group.scale.to_le_bytes());
+            if matrix.scheme.format.has_offsets() {
+                offsets.extend(group.offset.to_le_bytes());
+            }
+        }
+    }
+    Ok((scales, offsets))
+}
+
+/// The words of the codes in the decoder's layout.
+fn codes(matrix: &QuantizedMatrix, decoder: Decoder) -> Cow<'_, [u32]> {
+    let (stored, n, k) = (matrix.scheme.format.layout(), matrix.out_features, matrix.in_features);
+    match decoder.codes {
+        Codes::Packed(layout) if layout != stored => {
+            let mut words = vec![0; layout.rows(k) * n];
+            let mut column = vec![0; k];
+            for i in 0..n {
+                stored.load_column(&matrix.codes, n, i, &mut column);
+                layout.store_column(&column, &mut words, n, i);
+            }
+            Cow::Owned(words)
+        }
+        _ => Cow::Borrowed(&matrix.codes),
+    }
 }
 
 /// Codes of whole units up to a multiple of [`PADDED`] features; those beyond K, of unspecified value, become 0.
@@ -129,11 +169,9 @@ fn pad(codes: &[u32], decoder: Decoder, n: usize, k: usize) -> Vec<u32> {
     let mut words = codes.to_vec();
     let valid = k % decoder.unit();
     if valid > 0 && n > 0 {
-        let low_bits = |bits: usize| if bits >= 32 { u32::MAX } else { (1 << bits) - 1 };
-        let masks = match layout {
-            Layout::Planar3 => vec![low_bits(2 * valid), low_bits(2 * valid.saturating_sub(16)), low_bits(valid)],
-            _ => vec![low_bits(layout.bits() as usize * valid)],
-        };
+        // A column of codes of ones, packed.
+        let mut masks = vec![0; decoder.words()];
+        layout.store_column(&vec![((1u32 << layout.bits()) - 1) as u8; valid], &mut masks, 1, 0);
         let first = words.len() - masks.len() * n;
         for (row, mask) in words[first..].chunks_exact_mut(n).zip(masks) {
             row.iter_mut().for_each(|word| *word &= mask);

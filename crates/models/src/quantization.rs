@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use marlin_formats::{Format, Scheme};
+use marlin_formats::{Format, Scheme, Shift};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
@@ -165,10 +165,9 @@ impl QuantizationConfig {
             }
         }
         let unit = entry.format.layout().codes_per_unit();
-        let group_size = match (entry.group_size, entry.format) {
-            (Some(group_size), _) => group_size,
-            (None, Format::Nvfp4 | Format::Mxfp4) => entry.format.default_group_size(),
-            (None, _) => in_features.next_multiple_of(unit),
+        let group_size = match (entry.group_size, entry.format.fixed_group_size()) {
+            (Some(group_size), _) | (None, Some(group_size)) => group_size,
+            (None, None) => in_features.next_multiple_of(unit),
         };
         Scheme::new(entry.format, group_size).map_err(|e| ModelError::config(&self.path, field(), e.to_string()))
     }
@@ -203,7 +202,7 @@ impl SchemeEntry {
         object.insert("format".into(), json!(self.format.name()));
         object.insert("bits".into(), json!(self.format.code_bits()));
         object.insert("group_size".into(), self.group_size.map_or(json!(-1), |g| json!(g)));
-        object.insert("sym".into(), json!(!self.format.has_zeros()));
+        object.insert("sym".into(), json!(self.format.shift() == Shift::None));
         object.insert("scale_dtype".into(), json!(scale_dtype(self.format)));
         for (name, value) in [("in_features", self.in_features), ("out_features", self.out_features)] {
             if let Some(value) = value {
@@ -244,7 +243,7 @@ fn scheme_entry(path: &Path, field: &str, value: &Value) -> Result<SchemeEntry> 
     if format == Format::Int8 && sym == Some(false) {
         format = Format::Int8Asym;
     }
-    if let Some(sym) = sym.filter(|&sym| sym == format.has_zeros()) {
+    if let Some(sym) = sym.filter(|&sym| sym != (format.shift() == Shift::None)) {
         return Err(error("sym", format!("is {sym}, which contradicts {format}")));
     }
     for (name, expected) in

@@ -258,7 +258,11 @@ impl Synthesizer<'_> {
         writer.tensor_with(&name("s"), scale_dtype, &group_dims, |sink| matrix.write_scales(sink, &scales))?;
         if let Some(zero) = matrix.zeros() {
             let zeros = zero.repeat(group_dims.iter().product());
-            writer.tensor(&name("z"), DType::F16, &group_dims, &zeros)?;
+            writer.tensor(&name("z"), scale_dtype, &group_dims, &zeros)?;
+        }
+        for (suffix, value) in matrix.supers() {
+            let dims = matrix.super_dims();
+            writer.tensor(&name(suffix), DType::F16, &dims, &value.repeat(dims.iter().product()))?;
         }
         if let Some(scale) = matrix.tensor_scale() {
             writer.tensor(&name("gs"), DType::F32, &[1], &scale.to_le_bytes())?;

@@ -7,10 +7,11 @@ use std::fs::{self, File};
 use std::io::{self, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use marlin_formats::{DType, QuantizedMatrix, ScaleKind};
+use marlin_formats::{DType, QuantizedMatrix};
 use marlin_ops::HostTensor;
 use serde_json::{Value, json};
 
+use crate::checkpoint::group_dtype;
 use crate::error::{ModelError, Result};
 use shard::Shard;
 
@@ -137,8 +138,8 @@ impl Writer {
         self.tensor(name, tensor.dtype(), tensor.dims(), tensor.bytes())
     }
 
-    /// Writes the native tensors of module `module` (formats.md 0.4): `.mm.q`, `.mm.s`, and `.mm.z`, `.mm.gs` where the
-    /// format has them.
+    /// Writes the native tensors of module `module` (formats.md 0.4): `.mm.q`, `.mm.s`, and where the format has
+    /// them `.mm.z` (zero points or offsets), `.mm.ss` and `.mm.sz` (multipliers of two-level scales and minima), `.mm.gs`.
     ///
     /// # Errors
     /// As [`Writer::tensor_with`].
@@ -150,20 +151,20 @@ impl Writer {
         self.tensor_with(&name("q"), DType::U32, &code_dims, |sink| {
             write_values(sink, &matrix.codes, |v| v.to_le_bytes())
         })?;
-        match scheme.format.scale_kind() {
-            ScaleKind::F16 => self.tensor_with(&name("s"), DType::F16, &group_dims, |sink| {
-                write_values(sink, &matrix.scales, |v| v.to_le_bytes())
-            })?,
-            ScaleKind::E4m3 | ScaleKind::E8m0 => {
-                self.tensor_with(&name("s"), DType::U8, &group_dims, |sink| {
-                    write_values(sink, &matrix.scales, |v| [v as u8])
+        let dtype = group_dtype(scheme.format.scale_kind());
+        let super_dims = [scheme.super_blocks(matrix.in_features), n];
+        for (suffix, values, dtype, dims) in [
+            ("s", &matrix.scales, dtype, &group_dims),
+            ("z", &matrix.zeros, dtype, &group_dims),
+            ("ss", &matrix.super_scales, DType::F16, &super_dims),
+            ("sz", &matrix.super_minima, DType::F16, &super_dims),
+        ] {
+            if !values.is_empty() {
+                self.tensor_with(&name(suffix), dtype, dims, |sink| match dtype.size_in_bytes() {
+                    1 => write_values(sink, values, |v| [v as u8]),
+                    _ => write_values(sink, values, |v| v.to_le_bytes()),
                 })?;
             }
-        }
-        if scheme.format.has_zeros() {
-            self.tensor_with(&name("z"), DType::F16, &group_dims, |sink| {
-                write_values(sink, &matrix.zeros, |v| v.to_le_bytes())
-            })?;
         }
         match matrix.tensor_scale {
             Some(scale) => self.tensor(&name("gs"), DType::F32, &[1], &scale.to_le_bytes()),

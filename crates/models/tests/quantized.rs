@@ -83,7 +83,7 @@ fn check(folder: &str) {
     let oracle = Arc::new(Oracle::new());
     let options = CpuOptions { exact: true, ..CpuOptions::default() };
     let cpu = Arc::new(Cpu::new(options).unwrap());
-    for format in Format::ALL {
+    for format in Format::ENCODABLE {
         let temporary = tempfile::tempdir().unwrap();
         let quantized = temporary.path().join("quantized");
         let decoded = temporary.path().join("decoded");

@@ -1,6 +1,6 @@
 //! Activations as int8 for dot-product instructions: the one definition of what the fast CPU mode rounds.
 
-use marlin_formats::{Format, Scheme};
+use marlin_formats::{Levels, Scheme};
 
 /// Consecutive channels that share one activation scale.
 pub const ACTIVATION_BLOCK: usize = 32;
@@ -25,28 +25,34 @@ pub fn quantize_activation_block(x: &[f32], codes: &mut [i8]) -> f32 {
     amax / 127.0
 }
 
-/// True for the schemes whose codes are small integers (times a constant), which the fast mode multiplies with int8
-/// activations; all others take f32 activations in both modes.
+/// True for the schemes whose levels are small integers (times a constant), which the fast mode multiplies with int8
+/// activations, in groups of whole blocks, or of half a block where the format fixes them; all others take f32 activations in both modes.
 pub fn takes_int8_activations(scheme: &Scheme) -> bool {
-    let integer_codes = matches!(
-        scheme.format,
-        Format::Fp4E2m1
-            | Format::Nvfp4
-            | Format::Mxfp4
-            | Format::Int4U4
-            | Format::Int4S4
-            | Format::Int8
-            | Format::Int8Asym
-            | Format::Int3
-            | Format::Int2
-    );
-    let aligned = scheme.group_size.is_multiple_of(ACTIVATION_BLOCK) || scheme.format == Format::Nvfp4;
-    integer_codes && aligned
+    let integer_codes = match scheme.format.levels() {
+        Levels::E2m1 | Levels::Signed8 | Levels::Minus { .. } => true,
+        Levels::E4m3 | Levels::E5m2 => false,
+        Levels::Table(levels) => levels.iter().all(|level| level.fract() == 0.0),
+    };
+    let half_blocks = scheme.format.fixed_group_size() == Some(ACTIVATION_BLOCK / 2);
+    integer_codes && (scheme.group_size.is_multiple_of(ACTIVATION_BLOCK) || half_blocks)
 }
 
 #[cfg(test)]
 mod tests {
+    use marlin_formats::Format;
+
     use super::*;
+
+    #[test]
+    fn integer_levels_take_int8_activations() {
+        let takes = |format, group_size| takes_int8_activations(&Scheme::new(format, group_size).unwrap());
+        for format in Format::ALL {
+            let floats = matches!(format, Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Fp8E4m3F32);
+            let table = matches!(format, Format::Nf4 | Format::Nf3 | Format::Nf2);
+            assert_eq!(takes(format, format.default_group_size()), !floats && !table, "{format}");
+        }
+        assert!(!takes(Format::Int4S4, 16) && !takes(Format::Affine4, 48) && takes(Format::Affine4, 96));
+    }
 
     #[test]
     fn block_codes() {

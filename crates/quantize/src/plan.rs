@@ -8,7 +8,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use marlin_formats::{Format, Scheme};
+use marlin_formats::{Format, FormatError, Scheme};
 
 use crate::{QuantizeError, Result};
 
@@ -146,13 +146,17 @@ impl FromStr for Override {
 /// Reads `FORMAT` or `FORMAT:GROUP`.
 ///
 /// # Errors
-/// An unknown format (the message lists the valid names), a group size that is no number or that
-/// the format cannot store.
+/// An unknown format (the message lists the valid names), one that is only imported, a group size that is no number or
+/// that the format cannot store.
 pub fn parse_scheme(text: &str) -> Result<Scheme> {
-    let Some((format, group)) = text.split_once(':') else {
-        return Ok(Scheme::with_default_group(text.parse::<Format>()?));
+    let (name, group) = text.split_once(':').map_or((text, None), |(name, group)| (name, Some(group)));
+    let format: Format = name.parse()?;
+    if !format.can_encode() {
+        return Err(FormatError::ImportOnly { format }.into());
+    }
+    let Some(group) = group else {
+        return Ok(Scheme::with_default_group(format));
     };
-    let format: Format = format.parse()?;
     let group_size = group.parse().map_err(|_| syntax("group size", group, "expected a number"))?;
     Ok(Scheme::new(format, group_size)?)
 }

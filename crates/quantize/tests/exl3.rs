@@ -38,7 +38,9 @@ fn tiles_encode_to_the_vectors() {
     assert_eq!(target[..4].iter().map(|t| format!("{t:.7}")).collect::<Vec<_>>().join(" "), {
         "0.5678711 0.5913086 -0.9130859 0.2453613"
     });
-    let vectors: [(u32, [(&str, [u16; 3]); 3]); 3] = [
+    // Mean squared error and first three words, in each codebook.
+    type Expected = [(&'static str, [u16; 3]); 3];
+    let vectors: [(u32, Expected); 3] = [
         (
             2,
             [

@@ -121,4 +121,6 @@ fn syntax_errors_say_what_is_wrong() {
     for format in Format::ALL {
         assert!(unknown.contains(format.name()), "{unknown}");
     }
+    assert!(message("x=q4_k").contains("only imported"));
+    assert!(message("x=affine4:64").contains("only imported"));
 }

@@ -34,7 +34,7 @@ pub struct QuantizeArgs {
     #[arg(value_name = "OUT")]
     output: PathBuf,
     #[arg(long, value_name = "F", value_parser = format_choice)]
-    #[arg(help = format!("Weight format: {}; or int, nf or fp with --bits", format_names()))]
+    #[arg(help = format!("Weight format: {}; or int, nf or fp with --bits", format_names(&Format::ENCODABLE)))]
     format: FormatChoice,
     /// Bits of one weight, to choose among the int, nf or fp formats
     #[arg(long, value_name = "B")]

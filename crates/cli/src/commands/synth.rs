@@ -29,7 +29,7 @@ pub struct SynthArgs {
     /// Folder to write; it must not exist
     out: PathBuf,
     #[arg(long, value_name = "F")]
-    #[arg(help = format!("Format of the linear layers: {} [default: plain weights]", format_names()))]
+    #[arg(help = format!("Format of the linear layers: {} [default: plain weights]", format_names(&Format::ALL)))]
     format: Option<Format>,
     /// Weights along the input that share a scale [default: the format's own]
     #[arg(long, value_name = "G", value_parser = at_least_one)]

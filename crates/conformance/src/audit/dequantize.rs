@@ -85,6 +85,8 @@ impl DecodeCase {
                 true => (0..groups).map(|i| zero(column(i), self.coding).to_bits()).collect(),
                 false => Vec::new(),
             },
+            super_scales: Vec::new(),
+            super_minima: Vec::new(),
             tensor_scale: None,
         })
     }

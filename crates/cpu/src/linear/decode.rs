@@ -1,9 +1,9 @@
 //! Weight tiles to f32, exactly as [`marlin_formats`] defines the values.
 
-use marlin_formats::Format;
+use marlin_formats::Levels;
 use marlin_formats::pack::Layout;
 
-use crate::layout::{PackedWeight, Quantized, Scales, Values};
+use crate::layout::{PackedWeight, Quantized, Scales, Values, high_position};
 use crate::simd::{Line, Simd};
 
 /// Input features decoded at once: a panel of this many lines stays in the first-level cache.
@@ -33,7 +33,10 @@ pub(crate) fn decode_panel<S: Simd>(
                 s.store(s.load_bf16(line), &mut out.0);
             }
         }
-        Values::Quantized(q) => decode_quantized(s, q, tile, k0, count, panel),
+        Values::Quantized(q) if q.scheme.format.has_offsets() => {
+            decode_quantized::<S, true>(s, q, tile, k0, count, panel);
+        }
+        Values::Quantized(q) => decode_quantized::<S, false>(s, q, tile, k0, count, panel),
     }
 }
 
@@ -42,6 +45,12 @@ pub(crate) fn decode_panel<S: Simd>(
 pub(crate) fn load_scale<S: Simd>(s: S, scales: &Scales, line: usize) -> S::F {
     match scales {
         Scales::F16(lines) => s.load_f16(&lines[line]),
+        Scales::F32(lines) => s.load(&lines[line].0),
+        Scales::TwoLevel { bytes, signed, supers, shift } => {
+            let byte = s.load_u8(&bytes[line]);
+            let byte = if *signed { s.sar(s.shl(byte, 24), 24) } else { byte };
+            s.mul(s.load_f16(&supers[line >> shift]), s.to_f32(byte))
+        }
         Scales::Byte { bytes, table } => s.lut256(table, s.load_u8(&bytes[line])),
     }
 }
@@ -51,118 +60,181 @@ pub(crate) fn load_scale<S: Simd>(s: S, scales: &Scales, line: usize) -> S::F {
 pub(crate) fn prefetch_scale<S: Simd>(s: S, scales: &Scales, line: usize) {
     match scales {
         Scales::F16(lines) => s.prefetch(lines, line),
-        Scales::Byte { bytes, .. } => s.prefetch(bytes, line),
+        Scales::F32(lines) => s.prefetch(lines, line),
+        Scales::TwoLevel { bytes, .. } | Scales::Byte { bytes, .. } => s.prefetch(bytes, line),
     }
 }
 
-/// The zero points of group line `line`, 0 in formats without them.
+/// The zero points or offsets of group line `line`, 0 in formats without them.
 #[inline(always)]
-pub(crate) fn load_zero<S: Simd>(s: S, zeros: &[[u16; 16]], line: usize) -> S::F {
-    match zeros {
-        [] => s.splat(0.0),
-        zeros => s.load_f16(&zeros[line]),
+pub(crate) fn load_shift<S: Simd>(s: S, shifts: &Option<Scales>, line: usize) -> S::F {
+    match shifts {
+        None => s.splat(0.0),
+        Some(shifts) => load_scale(s, shifts, line),
+    }
+}
+
+/// From levels to weights.
+#[derive(Clone, Copy)]
+struct Group<S: Simd> {
+    scale: S::F,
+    /// Zero points, or with `OFFSET` offsets.
+    shift: S::F,
+}
+
+impl<S: Simd> Group<S> {
+    #[inline(always)]
+    fn load(s: S, q: &Quantized, line: usize) -> Self {
+        Self { scale: load_scale(s, &q.scales, line), shift: load_shift(s, &q.shifts, line) }
+    }
+
+    #[inline(always)]
+    fn weight<const OFFSET: bool>(&self, s: S, level: S::F) -> S::F {
+        if OFFSET {
+            // Two roundings, as the formats say: not fused.
+            s.add(s.mul(level, self.scale), self.shift)
+        } else {
+            s.mul(s.sub(level, self.shift), self.scale)
+        }
     }
 }
 
 #[inline(always)]
-fn decode_quantized<S: Simd>(s: S, q: &Quantized, tile: usize, k0: usize, count: usize, panel: &mut [Line<f32>]) {
+fn decode_quantized<S: Simd, const OFFSET: bool>(
+    s: S,
+    q: &Quantized,
+    tile: usize,
+    k0: usize,
+    count: usize,
+    panel: &mut [Line<f32>],
+) {
     let layout = q.scheme.format.layout();
     let (unit, words) = (layout.codes_per_unit(), layout.words_per_unit());
     let codes = &q.tile_codes(tile)[k0 / unit * words..];
     let group_size = q.scheme.group_size;
-    // Units are whole within a group, so groups advance at unit borders only.
+    // Units are whole within a group, so groups advance at unit borders only; or a unit has two groups.
     let (mut k, end) = (k0, k0 + count);
     while k < end {
-        let g = k / group_size;
-        let stop = end.min((g + 1) * group_size);
-        let line = tile * q.groups + g;
-        let scale = load_scale(s, &q.scales, line);
-        let zero = load_zero(s, &q.zeros, line);
+        let line = tile * q.groups + k / group_size;
+        let stop = end.min((k / group_size + 1) * group_size).max(end.min(k + unit));
+        let first = Group::load(s, q, line);
+        let groups = [first, if group_size < unit { Group::load(s, q, line + 1) } else { first }];
         let units = (stop - k).div_ceil(unit);
         let at = (k - k0) / unit;
         let codes = &codes[at * words..(at + units) * words];
         let out = &mut panel[at * unit..(at + units) * unit];
         match layout {
-            Layout::Bits4 => decode_bits4(s, &q.levels, codes, scale, zero, out),
-            Layout::Bits2 => decode_bits2(s, &q.levels, codes, scale, out),
-            Layout::Planar3 => decode_planar3(s, &q.levels, codes, scale, out),
-            Layout::Bits8 => match (q.scheme.format, &q.byte_levels) {
-                (Format::Fp8E4m3 | Format::Fp8E5m2, Some(table)) => {
-                    decode_bytes(s, codes, scale, out, |s, word, i| s.lut256(table, s.shr(word, 8 * i)));
+            Layout::Bits4 => decode_bits4::<S, OFFSET>(s, &q.levels, codes, &first, out),
+            Layout::Bits2 => decode_bits2::<S, OFFSET>(s, &q.levels, codes, &first, out),
+            Layout::Planar3 => {
+                decode_planar::<S, OFFSET, 3, 32>(s, layout, codes, &groups, out, |s, code| s.lut16(&q.levels, code));
+            }
+            Layout::Planar5 => decode_planar::<S, OFFSET, 5, 32>(s, layout, codes, &groups, out, |s, code| {
+                s.sub(s.to_f32(code), s.splat(middle(q)))
+            }),
+            Layout::Planar6 => decode_planar::<S, OFFSET, 3, 16>(s, layout, codes, &groups, out, |s, code| {
+                s.sub(s.to_f32(code), s.splat(middle(q)))
+            }),
+            Layout::Bits8 => match (q.scheme.format.levels(), &q.byte_levels) {
+                (Levels::E4m3 | Levels::E5m2, Some(table)) => {
+                    decode_bytes::<S, OFFSET>(s, codes, &first, out, |s, word, i| s.lut256(table, s.shr(word, 8 * i)));
                 }
-                (Format::Int8Asym, _) => decode_bytes(s, codes, scale, out, |s, word, i| {
-                    let code = s.and(s.shr(word, 8 * i), s.splat_i(255));
-                    s.sub(s.to_f32(code), zero)
+                (Levels::Minus { .. }, _) => decode_bytes::<S, OFFSET>(s, codes, &first, out, |s, word, i| {
+                    s.to_f32(s.and(s.shr(word, 8 * i), s.splat_i(255)))
                 }),
-                _ => decode_bytes(s, codes, scale, out, |s, word, i| s.to_f32(s.sar(s.shl(word, 24 - 8 * i), 24))),
+                _ => decode_bytes::<S, OFFSET>(s, codes, &first, out, |s, word, i| {
+                    s.to_f32(s.sar(s.shl(word, 24 - 8 * i), 24))
+                }),
             },
         }
         k = stop;
     }
 }
 
+/// What the codes of a format of integers are counted from.
+fn middle(q: &Quantized) -> f32 {
+    match q.scheme.format.levels() {
+        Levels::Minus { half } => half as f32 * 0.5,
+        levels => unreachable!("{levels:?} do not come in five or six bits"),
+    }
+}
+
 #[inline(always)]
-fn decode_bits4<S: Simd>(
+fn decode_bits4<S: Simd, const OFFSET: bool>(
     s: S,
     levels: &[f32; 16],
     codes: &[Line<u32>],
-    scale: S::F,
-    zero: S::F,
+    group: &Group<S>,
     out: &mut [Line<f32>],
 ) {
     for (word, out) in codes.iter().zip(out.as_chunks_mut::<8>().0) {
         let mut word = s.load_i(&word.0);
         for out in out {
-            let value = s.sub(s.lut16(levels, word), zero);
-            s.store(s.mul(value, scale), &mut out.0);
+            s.store(group.weight::<OFFSET>(s, s.lut16(levels, word)), &mut out.0);
             word = s.shr(word, 4);
         }
     }
 }
 
 #[inline(always)]
-fn decode_bits2<S: Simd>(s: S, levels: &[f32; 16], codes: &[Line<u32>], scale: S::F, out: &mut [Line<f32>]) {
+fn decode_bits2<S: Simd, const OFFSET: bool>(
+    s: S,
+    levels: &[f32; 16],
+    codes: &[Line<u32>],
+    group: &Group<S>,
+    out: &mut [Line<f32>],
+) {
     // The levels repeat with period four, so bits above the code do not matter.
     for (word, out) in codes.iter().zip(out.as_chunks_mut::<16>().0) {
         let mut word = s.load_i(&word.0);
         for out in out {
-            s.store(s.mul(s.lut16(levels, word), scale), &mut out.0);
+            s.store(group.weight::<OFFSET>(s, s.lut16(levels, word)), &mut out.0);
             word = s.shr(word, 2);
         }
     }
 }
 
+/// Units of `CODES` codes in `WORDS` words; `groups` are those of the unit's halves, and `level` gives that of a code.
 #[inline(always)]
-fn decode_planar3<S: Simd>(s: S, levels: &[f32; 16], codes: &[Line<u32>], scale: S::F, out: &mut [Line<f32>]) {
-    let (low_mask, high_mask) = (s.splat_i(3), s.splat_i(4));
-    for (words, out) in codes.as_chunks::<3>().0.iter().zip(out.as_chunks_mut::<32>().0) {
-        let high = s.load_i(&words[2].0);
-        for (half, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let mut low = s.load_i(&words[half].0);
+fn decode_planar<S: Simd, const OFFSET: bool, const WORDS: usize, const CODES: usize>(
+    s: S,
+    layout: Layout,
+    codes: &[Line<u32>],
+    groups: &[Group<S>; 2],
+    out: &mut [Line<f32>],
+    level: impl Fn(S, S::I) -> S::F,
+) {
+    let (low_bits, high_bits) = (layout.low_bits(), layout.high_bits());
+    let (low_mask, high_mask) = (s.splat_i((1 << low_bits) - 1), s.splat_i(((1 << high_bits) - 1) << low_bits));
+    let per_word = CODES / (WORDS - 1);
+    for (words, out) in codes.as_chunks::<WORDS>().0.iter().zip(out.as_chunks_mut::<CODES>().0) {
+        let high = s.load_i(&words[WORDS - 1].0);
+        for (w, out) in out.chunks_exact_mut(per_word).enumerate() {
+            let mut low = s.load_i(&words[w].0);
             for (i, out) in out.iter_mut().enumerate() {
-                let position = (8 * (i / 4) + 4 * half + i % 4) as u32;
-                let bit = s.and(s.shl(s.shr(high, position), 2), high_mask);
-                let code = s.or(s.and(low, low_mask), bit);
-                s.store(s.mul(s.lut16(levels, code), scale), &mut out.0);
-                low = s.shr(low, 2);
+                let at = w * per_word + i;
+                let bits = s.shl(s.shr(high, high_position(layout, at) as u32), low_bits);
+                let code = s.or(s.and(low, low_mask), s.and(bits, high_mask));
+                s.store(groups[2 * at / CODES].weight::<OFFSET>(s, level(s, code)), &mut out.0);
+                low = s.shr(low, low_bits);
             }
         }
     }
 }
 
-/// `value(s, word, i)` gives the unscaled byte `i` of a word.
+/// `level(s, word, i)` gives that of byte `i` of a word.
 #[inline(always)]
-fn decode_bytes<S: Simd>(
+fn decode_bytes<S: Simd, const OFFSET: bool>(
     s: S,
     codes: &[Line<u32>],
-    scale: S::F,
+    group: &Group<S>,
     out: &mut [Line<f32>],
-    value: impl Fn(S, S::I, u32) -> S::F,
+    level: impl Fn(S, S::I, u32) -> S::F,
 ) {
     for (word, out) in codes.iter().zip(out.as_chunks_mut::<4>().0) {
         let word = s.load_i(&word.0);
         for (i, out) in (0..).zip(out) {
-            s.store(s.mul(value(s, word, i), scale), &mut out.0);
+            s.store(group.weight::<OFFSET>(s, level(s, word, i)), &mut out.0);
         }
     }
 }

@@ -1,25 +1,27 @@
 //! Tiles of small-integer codes times int8 activations.
 //!
-//! Every format here is `w = (u - offset) * scale` with an unsigned byte u per weight:
+//! Every format here is `w = (u - c) * scale + offset` with an unsigned byte u per weight:
 //!
-//! | format | u | offset | factor on the scale |
+//! | codes | u | c | factor on the scale |
 //! |---|---|---|---|
-//! | fp4, nvfp4, mxfp4 | 2 value + 12 | 12 | 1/2 |
-//! | int4_s4 | q | 8 | 1 |
-//! | int4_u4, int8_asym | q | z | 1 |
-//! | int8 | q + 128 | 128 | 1 |
-//! | int3 / int2 | 2 c | 7 / 3 | 1/2 |
+//! | E2M1 | 2 value + 12 | 12 | 1/2 |
+//! | 4, 5, 6 bits | q | 8, 16, 32, or the zero point | 1 |
+//! | two's complement bytes | q + 128 | 128 | 1 |
+//! | unsigned bytes | q | the zero point | 1 |
+//! | 2 and 3 bits | 2 q | 3, 7, 8, or twice the zero point | 1/2 |
+//! | IQ4 | level + 128 | 128 | 1 |
 //!
-//! so a block of 32 gives `(sum u a - offset sum a) * activation scale * weight scale`, the first sum in i32, exact.
+//! so a block of 32 gives `((sum u a - c sum a) * scale + offset sum a) * activation scale`, the first sum in i32, exact.
+//! Formats with offsets have c = 0. Groups of 16 take half a block each.
 
-use marlin_formats::Format;
+use marlin_formats::{Format, IQ4};
 use marlin_ops::activation::{ACTIVATION_BLOCK, quantize_activation_block};
 
 use crate::layout::{CodeOrder, Quantized};
 use crate::simd::{Kernel, LANES, Line, Simd};
 
 use super::Rows;
-use super::decode::{load_scale, load_zero, prefetch_scale};
+use super::decode::{load_scale, load_shift, prefetch_scale};
 
 /// Vectors of codes in a block.
 const VECTORS: usize = ACTIVATION_BLOCK / 4;
@@ -32,15 +34,15 @@ pub(crate) struct ActivationBlock {
     codes: [i32; VECTORS],
     /// `-offset sum` for the two constant offsets that formats of this order have: what their dot products start from.
     starts: [i32; 2],
-    /// The same of both halves for NVFP4.
-    half_starts: [i32; 2],
+    /// Sums of the codes of both halves.
+    half_sums: [i32; 2],
     /// Sum of all codes, for offsets that are zero points.
     sum: f32,
     /// Multiplier of the codes.
     scale: f32,
 }
 
-/// The constant offsets of the formats of an order, as [`ActivationBlock::starts`] has them.
+/// What the most used formats of an order subtract, as [`ActivationBlock::starts`] has it.
 const fn constant_offsets(order: CodeOrder) -> [i32; 2] {
     match order {
         CodeOrder::Nibbles => [8, 12],
@@ -49,50 +51,127 @@ const fn constant_offsets(order: CodeOrder) -> [i32; 2] {
     }
 }
 
-/// How codes become unsigned bytes, and what is subtracted from them.
-mod kind {
-    /// Nibbles as they are, offset 8.
-    pub const INT4: u8 = 0;
-    /// Nibbles as they are, zero points.
-    pub const INT4_ZEROS: u8 = 1;
-    /// E2M1 nibbles to `2 value + 12`, offset 12.
-    pub const FP4: u8 = 2;
-    /// [`FP4`] with two groups of 16 per block.
-    pub const FP4_HALVES: u8 = 3;
-    /// Two's complement bytes + 128, offset 128.
-    pub const INT8: u8 = 4;
-    /// Bytes as they are, zero points.
-    pub const INT8_ZEROS: u8 = 5;
-    /// 3-bit codes, doubled, offset 7.
-    pub const INT3: u8 = 6;
-    /// 2-bit codes, doubled, offset 3.
-    pub const INT2: u8 = 7;
+/// How codes become unsigned bytes, what is subtracted from them, and what is added at the end.
+#[derive(Clone, Copy)]
+struct Kind {
+    bytes: Bytes,
+    shift: Shift,
+    /// Whether a block has two groups.
+    halves: bool,
+}
 
-    /// Groups that share a block.
-    pub const fn halves(kind: u8) -> usize {
-        if kind == FP4_HALVES { 2 } else { 1 }
+/// How codes become unsigned bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Bytes {
+    /// Nibbles as they are.
+    Four,
+    /// Nibbles and a high bit.
+    Five,
+    /// Nibbles and two high bits.
+    Six,
+    /// E2M1 nibbles to `2 value + 12`.
+    Fp4,
+    /// Nibbles to [`IQ4`] + 128.
+    Iq4,
+    /// Bytes as they are.
+    Eight,
+    /// Two's complement bytes + 128.
+    Signed,
+    /// 2-bit codes, doubled.
+    Two,
+    /// 3-bit codes, doubled.
+    Three,
+}
+
+impl Bytes {
+    /// All, by their numbers.
+    const ALL: [Self; 9] =
+        [Self::Four, Self::Five, Self::Six, Self::Fp4, Self::Iq4, Self::Eight, Self::Signed, Self::Two, Self::Three];
+}
+
+/// What is subtracted or added.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shift {
+    /// A constant is subtracted from the bytes.
+    Constant(i32),
+    /// Zero points are subtracted.
+    Zeros,
+    /// Offsets are added to the product.
+    Offsets,
+}
+
+/// Kinds as the numbers that kernels are compiled for.
+mod kind {
+    use super::{Bytes, Kind, Shift};
+
+    /// A kind with whole blocks.
+    pub(super) const fn whole(bytes: Bytes, shift: Shift) -> u32 {
+        let shift = match shift {
+            Shift::Zeros => 0,
+            Shift::Offsets => 1,
+            Shift::Constant(offset) => 2 + offset as u32,
+        };
+        shift << 8 | bytes as u32
     }
 
-    /// Whether offsets are the groups' zero points.
-    pub const fn has_zeros(kind: u8) -> bool {
-        matches!(kind, INT4_ZEROS | INT8_ZEROS)
+    /// A kind with two groups a block.
+    pub(super) const fn halved(bytes: Bytes, shift: Shift) -> u32 {
+        whole(bytes, shift) | 1 << 7
+    }
+
+    /// The kind of a number.
+    pub(super) const fn of(kind: u32) -> Kind {
+        let shift = match kind >> 8 {
+            0 => Shift::Zeros,
+            1 => Shift::Offsets,
+            offset => Shift::Constant(offset as i32 - 2),
+        };
+        Kind { bytes: Bytes::ALL[kind as usize & 127], shift, halves: kind >> 7 & 1 == 1 }
+    }
+
+    /// Groups that share a block.
+    pub const fn halves(kind: u32) -> usize {
+        if of(kind).halves { 2 } else { 1 }
+    }
+
+    /// Whether the groups' zero points are subtracted.
+    pub const fn has_zeros(kind: u32) -> bool {
+        matches!(of(kind).shift, Shift::Zeros)
+    }
+
+    /// Whether the groups' offsets are added.
+    pub const fn has_offsets(kind: u32) -> bool {
+        matches!(of(kind).shift, Shift::Offsets)
     }
 
     /// Factor on the scales.
-    pub const fn factor(kind: u8) -> f32 {
-        if matches!(kind, FP4 | FP4_HALVES | INT3 | INT2) { 0.5 } else { 1.0 }
+    pub const fn factor(kind: u32) -> f32 {
+        if matches!(of(kind).bytes, Bytes::Fp4 | Bytes::Three | Bytes::Two) { 0.5 } else { 1.0 }
     }
 
     /// Lines of code words per block of 32.
-    pub const fn rows_per_block(kind: u8) -> usize {
-        match kind {
-            INT4 | INT4_ZEROS | FP4 | FP4_HALVES => 4,
-            INT8 | INT8_ZEROS => 8,
-            INT2 => 2,
-            _ => 3,
+    pub const fn rows_per_block(kind: u32) -> usize {
+        match of(kind).bytes {
+            Bytes::Four | Bytes::Fp4 | Bytes::Iq4 => 4,
+            Bytes::Five => 5,
+            Bytes::Six => 6,
+            Bytes::Eight | Bytes::Signed => 8,
+            Bytes::Two => 2,
+            Bytes::Three => 3,
         }
     }
 }
+
+/// [`IQ4`] + 128.
+const IQ4_BYTES: [u8; 16] = {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = (IQ4[i] + 128.0) as u8;
+        i += 1;
+    }
+    bytes
+};
 
 /// `2 value + 12` of each E2M1 code.
 const FP4_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
@@ -183,7 +262,7 @@ fn block_of<const ORDER: usize>(bytes: &[[u8; LANES]; 2], sums: [i32; 2], scale:
     ActivationBlock {
         codes,
         starts: constant_offsets(order).map(|offset| -offset * sum),
-        half_starts: sums.map(|half| -12 * half),
+        half_sums: sums,
         sum: sum as f32,
         scale,
     }
@@ -216,18 +295,33 @@ pub(super) fn multiply<S: Simd>(
     floats: &mut [Line<f32>],
     acc: &mut [Line<f32>],
 ) {
+    use Bytes::*;
+    use Shift::*;
     let mut task = Task { s, tiles, x, codes, floats, acc };
     match tiles[0].weight.scheme.format {
-        Format::Int4S4 => task.run::<{ kind::INT4 }>(),
-        Format::Int4U4 => task.run::<{ kind::INT4_ZEROS }>(),
-        Format::Fp4E2m1 | Format::Mxfp4 => task.run::<{ kind::FP4 }>(),
-        Format::Nvfp4 => task.run::<{ kind::FP4_HALVES }>(),
-        Format::Int8 => task.run::<{ kind::INT8 }>(),
-        Format::Int8Asym => task.run::<{ kind::INT8_ZEROS }>(),
-        Format::Int3 => task.run::<{ kind::INT3 }>(),
-        Format::Int2 => task.run::<{ kind::INT2 }>(),
-        Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Nf4 | Format::Nf3 | Format::Nf2 => {
-            unreachable!("{} takes f32 activations", tiles[0].weight.scheme.format)
+        Format::Int4S4 => task.run::<{ kind::whole(Four, Constant(8)) }>(),
+        Format::Int4U4 => task.run::<{ kind::whole(Four, Zeros) }>(),
+        Format::Q4K | Format::Q4_1 | Format::Affine4 => task.run::<{ kind::whole(Four, Offsets) }>(),
+        Format::Fp4E2m1 | Format::Mxfp4 => task.run::<{ kind::whole(Fp4, Constant(12)) }>(),
+        Format::Nvfp4 => task.run::<{ kind::halved(Fp4, Constant(12)) }>(),
+        Format::Int8 => task.run::<{ kind::whole(Signed, Constant(128)) }>(),
+        Format::Int8Asym => task.run::<{ kind::whole(Eight, Zeros) }>(),
+        Format::Affine8 => task.run::<{ kind::whole(Eight, Offsets) }>(),
+        Format::Int3 => task.run::<{ kind::whole(Three, Constant(7)) }>(),
+        Format::Int3U3 => task.run::<{ kind::whole(Three, Zeros) }>(),
+        Format::Affine3 => task.run::<{ kind::whole(Three, Offsets) }>(),
+        Format::Q3K => task.run::<{ kind::halved(Three, Constant(8)) }>(),
+        Format::Int2 => task.run::<{ kind::whole(Two, Constant(3)) }>(),
+        Format::Int2U2 => task.run::<{ kind::whole(Two, Zeros) }>(),
+        Format::Affine2 => task.run::<{ kind::whole(Two, Offsets) }>(),
+        Format::Q2K => task.run::<{ kind::halved(Two, Offsets) }>(),
+        Format::Q5_0 => task.run::<{ kind::whole(Five, Constant(16)) }>(),
+        Format::Q5K | Format::Q5_1 | Format::Affine5 => task.run::<{ kind::whole(Five, Offsets) }>(),
+        Format::Q6K => task.run::<{ kind::halved(Six, Constant(32)) }>(),
+        Format::Iq4Xs | Format::Iq4Nl => task.run::<{ kind::whole(Iq4, Constant(128)) }>(),
+        Format::Affine6 => task.run::<{ kind::whole(Six, Offsets) }>(),
+        format @ (Format::Fp8E4m3 | Format::Fp8E5m2 | Format::Fp8E4m3F32 | Format::Nf4 | Format::Nf3 | Format::Nf2) => {
+            unreachable!("{format} takes f32 activations")
         }
     }
 }
@@ -243,7 +337,7 @@ struct Task<'a, S> {
 
 impl<S: Simd> Task<'_, S> {
     #[inline(always)]
-    fn run<const KIND: u8>(&mut self) {
+    fn run<const KIND: u32>(&mut self) {
         let rows = self.acc.len() / self.tiles.len();
         if rows == 1 {
             for (tile, acc) in self.tiles.iter().zip(&mut *self.acc) {
@@ -290,7 +384,7 @@ impl<S: Simd> Task<'_, S> {
 
     /// Unpacks `T` tiles from `first`: codes to bytes, and per block the scales and zero points (of both halves).
     #[inline(always)]
-    fn decode<const T: usize, const KIND: u8>(&mut self, first: usize) {
+    fn decode<const T: usize, const KIND: u32>(&mut self, first: usize) {
         let s = self.s;
         let factor = s.splat(kind::factor(KIND));
         for (t, tile) in self.tiles[first..first + T].iter().enumerate() {
@@ -308,8 +402,8 @@ impl<S: Simd> Task<'_, S> {
                     let line = tile.index * q.groups + group::<KIND>(q, b, half);
                     let scale = s.mul(load_scale(s, &q.scales, line), factor);
                     s.store(scale, &mut floats[2 * half].0);
-                    if kind::has_zeros(KIND) {
-                        s.store(load_zero(s, &q.zeros, line), &mut floats[2 * half + 1].0);
+                    if kind::has_zeros(KIND) || kind::has_offsets(KIND) {
+                        s.store(load_shift(s, &q.shifts, line), &mut floats[2 * half + 1].0);
                     }
                 }
             }
@@ -318,7 +412,7 @@ impl<S: Simd> Task<'_, S> {
 
     /// Rows `r .. r + R` from `T` unpacked tiles, the first of them `tile`.
     #[inline(always)]
-    fn rows<const R: usize, const T: usize, const KIND: u8>(&mut self, tile: usize, r: usize) {
+    fn rows<const R: usize, const T: usize, const KIND: u32>(&mut self, tile: usize, r: usize) {
         let s = self.s;
         let blocks = self.tiles[tile].weight.code_rows / kind::rows_per_block(KIND);
         let mut rows: [&[ActivationBlock]; R] = [&[]; R];
@@ -350,13 +444,13 @@ impl<S: Simd> Task<'_, S> {
                 let mut zeros = [s.splat(0.0); T];
                 for (t, floats) in floats.iter().enumerate() {
                     scales[t] = s.load(&floats[2 * half].0);
-                    if kind::has_zeros(KIND) {
+                    if kind::has_zeros(KIND) || kind::has_offsets(KIND) {
                         zeros[t] = s.load(&floats[2 * half + 1].0);
                     }
                 }
                 for ((acc, dots), row) in acc.iter_mut().zip(dots).zip(rows) {
                     for t in 0..T {
-                        acc[t] = add_scaled::<S, KIND>(s, acc[t], dots[t], scales[t], zeros[t], &row[b]);
+                        acc[t] = add_scaled::<S, KIND>(s, acc[t], dots[t], scales[t], zeros[t], &row[b], half);
                     }
                 }
             }
@@ -375,7 +469,7 @@ const AHEAD: usize = 16;
 
 /// One row straight from the packed words.
 #[inline(always)]
-fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]) -> Line<f32> {
+fn one_row<S: Simd, const KIND: u32>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]) -> Line<f32> {
     let q = tile.weight;
     let words = q.tile_codes(tile.index);
     let x = &x[..q.code_rows / kind::rows_per_block(KIND)];
@@ -390,8 +484,8 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
             let line = tile.index * q.groups + kind::halves(KIND) * g + half;
             prefetch_scale(s, &q.scales, line + kind::halves(KIND) * AHEAD.div_ceil(per_group));
             scales[half] = s.mul(load_scale(s, &q.scales, line), factor);
-            if kind::has_zeros(KIND) {
-                zeros[half] = load_zero(s, &q.zeros, line);
+            if kind::has_zeros(KIND) || kind::has_offsets(KIND) {
+                zeros[half] = load_shift(s, &q.shifts, line);
             }
         }
         for (i, x) in x.iter().enumerate() {
@@ -408,7 +502,7 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
                     for (&bytes, &codes) in bytes[vectors.clone()].iter().zip(&x.codes[vectors]) {
                         dot = dot4::<S, KIND>(s, dot, bytes, codes);
                     }
-                    acc = add_scaled::<S, KIND>(s, acc, dot, scales[half], zeros[half], x);
+                    acc = add_scaled::<S, KIND>(s, acc, dot, scales[half], zeros[half], x, half);
                 }
             } else {
                 // Two chains: their sum is exact, whatever the order.
@@ -416,7 +510,7 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
                 for (v, (&bytes, &codes)) in bytes.iter().zip(&x.codes).enumerate() {
                     dots[v % 2] = dot4::<S, KIND>(s, dots[v % 2], bytes, codes);
                 }
-                acc = add_scaled::<S, KIND>(s, acc, s.add_i(dots[0], dots[1]), scales[0], zeros[0], x);
+                acc = add_scaled::<S, KIND>(s, acc, s.add_i(dots[0], dots[1]), scales[0], zeros[0], x, 0);
             }
         }
     }
@@ -427,43 +521,54 @@ fn one_row<S: Simd, const KIND: u8>(s: S, tile: &Tile<'_>, x: &[ActivationBlock]
 
 /// What the dot product of a block, or of one of its halves, starts from.
 #[inline(always)]
-fn start<const KIND: u8>(x: &ActivationBlock, half: usize) -> i32 {
-    match KIND {
-        kind::INT4_ZEROS | kind::INT8_ZEROS => 0,
-        kind::FP4_HALVES => x.half_starts[half],
-        kind::INT4 | kind::INT8 | kind::INT3 => x.starts[0],
-        _ => x.starts[1],
+fn start<const KIND: u32>(x: &ActivationBlock, half: usize) -> i32 {
+    let Kind { bytes, shift, halves } = const { kind::of(KIND) };
+    let Shift::Constant(offset) = shift else { return 0 };
+    if halves {
+        return -offset * x.half_sums[half];
+    }
+    match (bytes, offset) {
+        (Bytes::Four, 8) | (Bytes::Signed, 128) | (Bytes::Three, 7) => x.starts[0],
+        (Bytes::Fp4, 12) | (Bytes::Two, 3) => x.starts[1],
+        _ => -offset * (x.half_sums[0] + x.half_sums[1]),
     }
 }
 
 #[inline(always)]
-fn dot4<S: Simd, const KIND: u8>(s: S, acc: S::I, u: S::I, x: i32) -> S::I {
-    match KIND {
-        kind::INT8 | kind::INT8_ZEROS => s.dot4_wide(acc, u, x),
+fn dot4<S: Simd, const KIND: u32>(s: S, acc: S::I, u: S::I, x: i32) -> S::I {
+    match const { kind::of(KIND) }.bytes {
+        Bytes::Eight | Bytes::Signed | Bytes::Iq4 => s.dot4_wide(acc, u, x),
         _ => s.dot4(acc, u, x),
     }
 }
 
-/// `acc + (dot - zero sum) * activation scale * weight scale`.
+/// `acc + ((dot - zero sum) * weight scale + offset sum) * activation scale`; `shift` are zero points or offsets, and
+/// `scale` includes the factor of the bytes.
 #[inline(always)]
-fn add_scaled<S: Simd, const KIND: u8>(
+fn add_scaled<S: Simd, const KIND: u32>(
     s: S,
     acc: S::F,
     dot: S::I,
     scale: S::F,
-    zero: S::F,
+    shift: S::F,
     x: &ActivationBlock,
+    half: usize,
 ) -> S::F {
     let mut dot = s.to_f32(dot);
     if kind::has_zeros(KIND) {
-        dot = s.fma(zero, s.splat(-x.sum), dot);
+        dot = s.fma(shift, s.splat(-x.sum / kind::factor(KIND)), dot);
     }
-    s.fma(s.mul(dot, s.splat(x.scale)), scale, acc)
+    let acc = s.fma(s.mul(dot, s.splat(x.scale)), scale, acc);
+    if !kind::has_offsets(KIND) {
+        return acc;
+    }
+    let sum = if kind::halves(KIND) == 2 { x.half_sums[half] as f32 } else { x.sum };
+    s.fma(shift, s.splat(sum * x.scale), acc)
 }
 
 /// The group of a block, or of one of its halves.
 #[inline(always)]
-fn group<const KIND: u8>(q: &Quantized, block: usize, half: usize) -> usize {
+fn group<const KIND: u32>(q: &Quantized, block: usize, half: usize) -> usize {
     match kind::halves(KIND) {
         2 => 2 * block + half,
         _ => block * ACTIVATION_BLOCK / q.scheme.group_size,
@@ -472,34 +577,43 @@ fn group<const KIND: u8>(q: &Quantized, block: usize, half: usize) -> usize {
 
 /// The unsigned bytes of a block, in the order of the format's [`CodeOrder`].
 #[inline(always)]
-fn block_bytes<S: Simd, const KIND: u8>(s: S, words: &[Line<u32>], block: usize) -> [S::I; VECTORS] {
+fn block_bytes<S: Simd, const KIND: u32>(s: S, words: &[Line<u32>], block: usize) -> [S::I; VECTORS] {
     let per_block = kind::rows_per_block(KIND);
     let words = &words[block * per_block..(block + 1) * per_block];
     let mut out = [s.splat_i(0); VECTORS];
-    match KIND {
-        kind::INT4 | kind::INT4_ZEROS | kind::FP4 | kind::FP4_HALVES => {
-            let mask = s.splat_i(0x0F0F_0F0F);
-            for j in 0..4 {
-                let word = s.load_i(&words[j].0);
-                out[2 * j] = s.and(word, mask);
-                out[2 * j + 1] = s.and(s.shr(word, 4), mask);
+    let bytes = const { kind::of(KIND) }.bytes;
+    match bytes {
+        Bytes::Four | Bytes::Fp4 | Bytes::Iq4 | Bytes::Five => {
+            nibbles(s, &words[..4], &mut out);
+            for (v, out) in out.iter_mut().enumerate() {
+                *out = match bytes {
+                    Bytes::Fp4 => s.lut16_bytes(&FP4_BYTES, *out),
+                    Bytes::Iq4 => s.lut16_bytes(&IQ4_BYTES, *out),
+                    // Bit v of a byte of the high bits.
+                    Bytes::Five => s.or(*out, s.and(move_bit(s, s.load_i(&words[4].0), v, 4), s.splat_i(0x1010_1010))),
+                    _ => *out,
+                };
             }
-            if matches!(KIND, kind::FP4 | kind::FP4_HALVES) {
-                for bytes in &mut out {
-                    *bytes = s.lut16_bytes(&FP4_BYTES, *bytes);
+        }
+        Bytes::Six => {
+            for (words, out) in words.chunks_exact(3).zip(out.chunks_exact_mut(4)) {
+                nibbles(s, &words[..2], out);
+                let high = s.load_i(&words[2].0);
+                for (v, out) in out.iter_mut().enumerate() {
+                    *out = s.or(*out, s.and(move_bit(s, high, 2 * v, 4), s.splat_i(0x3030_3030)));
                 }
             }
         }
-        kind::INT8 | kind::INT8_ZEROS => {
+        Bytes::Eight | Bytes::Signed => {
             let flip = s.splat_i(0x8080_8080u32 as i32);
             for (out, word) in out.iter_mut().zip(words) {
                 *out = s.load_i(&word.0);
-                if KIND == kind::INT8 {
+                if bytes == Bytes::Signed {
                     *out = s.xor(*out, flip);
                 }
             }
         }
-        _ => {
+        Bytes::Two | Bytes::Three => {
             // Doubled codes: the low two bits come to bits 1 and 2 of a byte, the high bit of a 3-bit code to bit 3.
             let (low_mask, high_mask) = (s.splat_i(0x0606_0606), s.splat_i(0x0808_0808));
             for half in 0..2 {
@@ -509,21 +623,34 @@ fn block_bytes<S: Simd, const KIND: u8>(s: S, words: &[Line<u32>], block: usize)
                         0 => s.shl(word, 1),
                         _ => s.shr(word, 2 * i as u32 - 1),
                     };
-                    let mut bytes = s.and(shifted, low_mask);
-                    if KIND == kind::INT3 {
+                    let mut codes = s.and(shifted, low_mask);
+                    if bytes == Bytes::Three {
                         let high = s.load_i(&words[2].0);
-                        let high = match 4 * half + i {
-                            p @ 0..3 => s.shl(high, 3 - p as u32),
-                            p => s.shr(high, p as u32 - 3),
-                        };
-                        bytes = s.or(bytes, s.and(high, high_mask));
+                        codes = s.or(codes, s.and(move_bit(s, high, 4 * half + i, 3), high_mask));
                     }
-                    out[4 * half + i] = bytes;
+                    out[4 * half + i] = codes;
                 }
             }
         }
     }
     out
+}
+
+/// The nibbles of words: even ones, then odd ones of each.
+#[inline(always)]
+fn nibbles<S: Simd>(s: S, words: &[Line<u32>], out: &mut [S::I]) {
+    let mask = s.splat_i(0x0F0F_0F0F);
+    for (word, out) in words.iter().zip(out.chunks_exact_mut(2)) {
+        let word = s.load_i(&word.0);
+        out[0] = s.and(word, mask);
+        out[1] = s.and(s.shr(word, 4), mask);
+    }
+}
+
+/// The words moved so that bit `from` comes to bit `to`.
+#[inline(always)]
+fn move_bit<S: Simd>(s: S, words: S::I, from: usize, to: usize) -> S::I {
+    if from < to { s.shl(words, (to - from) as u32) } else { s.shr(words, (from - to) as u32) }
 }
 
 const _: () = assert!(LANES == 16 && VECTORS == 8);

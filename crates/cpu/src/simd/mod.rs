@@ -143,7 +143,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `table[byte]` for each of the 64 bytes; bytes below 16.
     fn lut16_bytes(self, table: &[u8; LANES], index: Self::I) -> Self::I;
     /// `acc + sum of four u8 x i8 products` per lane; the four i8 of `x` are the same for all lanes. Bytes of `u` at
-    /// most 127, so that they are their own value as i8 too: codes of 2 to 4 bits stay below 32.
+    /// most 127, so that they are their own value as i8 too: codes of 2 to 6 bits stay below 64.
     fn dot4(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
     /// [`Simd::dot4`] for any bytes of `u`.
     fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;

@@ -34,5 +34,5 @@ pub fn bits(values: &[f32]) -> Vec<u32> {
 
 /// A group with an arbitrary f32 multiplier, for external scale conventions.
 pub fn group_with_scale(scale: f32) -> Group {
-    Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0 }
+    Group { scale_bits: 0, zero_bits: 0, scale, zero: 0.0, offset: 0.0 }
 }

@@ -220,6 +220,8 @@ impl Random {
             codes: (0..scheme.code_rows(k) * n).map(|_| self.word()).collect(),
             scales: (0..groups).map(|_| scale(self)).collect(),
             zeros: if format.has_zeros() { (0..groups).map(|_| zero(self)).collect() } else { Vec::new() },
+            super_scales: Vec::new(),
+            super_minima: Vec::new(),
             tensor_scale: None,
         })?)
     }

@@ -31,12 +31,12 @@ pub(crate) fn block_level<V: Size>(
             }
         }
         Codes::Packed(layout) => {
-            if comptime!(layout == Layout::Planar3) {
-                let low = words[comptime!(i / 32 * 3 + i % 32 / 16)].extract(lane);
-                let high = words[comptime!(i / 32 * 3 + 2)].extract(lane);
-                let code = ((low >> comptime!(2 * (i % 16) as u32)) & 3u32)
-                    | (((high >> comptime!((i % 32) as u32)) & 1u32) << 2u32);
-                field_level(code, table, 0u32, 3u32, d.levels)
+            if comptime!(layout.high_bits() > 0) {
+                let unit = comptime!(i / layout.codes_per_unit() * layout.words_per_unit());
+                let at = comptime!(i % layout.codes_per_unit());
+                let low = words[comptime!(unit + at * layout.low_bits() as usize / 32)].extract(lane);
+                let high = words[comptime!(unit + layout.words_per_unit() - 1)].extract(lane);
+                field_level(planar_code(low, high, at, layout), table, 0u32, comptime!(layout.bits()), d.levels)
             } else {
                 let codes = comptime!(layout.codes_per_unit());
                 let word = words[comptime!(i / codes)].extract(lane);
@@ -50,6 +50,15 @@ pub(crate) fn block_level<V: Size>(
             }
         }
     }
+}
+
+/// Code `i` of a planar unit, from the word of its low bits and that of the high ones.
+#[cube]
+pub(crate) fn planar_code(low: u32, high: u32, #[comptime] i: usize, #[comptime] layout: Layout) -> u32 {
+    let (low_bits, high_bits) = comptime!((layout.low_bits(), layout.high_bits()));
+    let code = (low >> comptime!(i as u32 * layout.low_bits() % 32)) & comptime!((1u32 << low_bits) - 1);
+    let rest = (high >> comptime!(i as u32 * layout.high_bits())) & comptime!((1u32 << high_bits) - 1);
+    code | (rest << low_bits)
 }
 
 /// The level of the code in the `bits` bits from bit `at` of a word.

@@ -11,10 +11,11 @@ use cubecl::ir::{ElemType, FloatKind, UIntKind};
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::pack::Layout;
-use marlin_formats::{DType, Format, ScaleKind, Scheme};
+use marlin_formats::{DType, Levels as FormatLevels, ScaleKind, Scheme};
 
-pub(crate) use block::{block_level, field_level};
-pub(crate) use scale::{group_scale, group_zero, stored_scale};
+pub(crate) use block::block_level;
+use block::{field_level, planar_code};
+pub(crate) use scale::{group_scale, group_zero, stored_scale, summand, weight_of};
 
 /// Input features are padded to a multiple of this with codes 0, whose levels are finite.
 pub(crate) const PADDED: usize = 32;
@@ -27,6 +28,8 @@ pub(crate) struct Decoder {
     pub(crate) scale: Scale,
     /// Zero points are subtracted before scaling.
     pub(crate) zeros: bool,
+    /// Offsets are added after scaling.
+    pub(crate) offsets: bool,
     /// Input features that share a scale; 0 without scales.
     pub(crate) group_size: usize,
 }
@@ -64,6 +67,9 @@ pub(crate) enum Levels {
 pub(crate) enum Scale {
     None,
     F16,
+    F32,
+    /// The f32 product of both levels, which is exact.
+    TwoLevel,
     /// A byte, looked up in the weight's table.
     Byte,
 }
@@ -76,29 +82,33 @@ impl Decoder {
             DType::BF16 => Codes::BF16,
             _ => Codes::F32,
         };
-        Self { codes, levels: Levels::Dense, scale: Scale::None, zeros: false, group_size: 0 }
+        Self { codes, levels: Levels::Dense, scale: Scale::None, zeros: false, offsets: false, group_size: 0 }
     }
 
     /// The decoder of a quantized weight.
     pub(crate) fn quantized(scheme: Scheme) -> Self {
         let format = scheme.format;
-        let levels = match format {
-            Format::Fp4E2m1 | Format::Nvfp4 | Format::Mxfp4 => Levels::Fp4,
-            Format::Int4U4 | Format::Int8Asym => Levels::Minus { half: 0 },
-            Format::Int4S4 => Levels::Minus { half: 16 },
-            Format::Int8 => Levels::Signed8,
-            Format::Int3 => Levels::Minus { half: 7 },
-            Format::Int2 => Levels::Minus { half: 3 },
-            Format::Fp8E4m3 => Levels::E4m3,
-            Format::Fp8E5m2 => Levels::E5m2,
-            Format::Nf4 | Format::Nf3 | Format::Nf2 => Levels::Table,
+        let levels = match format.levels() {
+            FormatLevels::E2m1 => Levels::Fp4,
+            FormatLevels::E4m3 => Levels::E4m3,
+            FormatLevels::E5m2 => Levels::E5m2,
+            FormatLevels::Signed8 => Levels::Signed8,
+            FormatLevels::Minus { half } => Levels::Minus { half },
+            FormatLevels::Table(_) => Levels::Table,
         };
         let scale = match format.scale_kind() {
             ScaleKind::F16 => Scale::F16,
             ScaleKind::E4m3 | ScaleKind::E8m0 => Scale::Byte,
+            ScaleKind::F32 => Scale::F32,
+            ScaleKind::F16U8 | ScaleKind::F16I8 => Scale::TwoLevel,
         };
-        let codes = Codes::Packed(format.layout());
-        Self { codes, levels, scale, zeros: format.has_zeros(), group_size: scheme.group_size }
+        let layout = match format.layout() {
+            // A unit must not lie in two groups.
+            Layout::Planar3 if scheme.group_size < Layout::Planar3.codes_per_unit() => Layout::Bits4,
+            layout => layout,
+        };
+        let (zeros, offsets) = (format.has_zeros(), format.has_offsets());
+        Self { codes: Codes::Packed(layout), levels, scale, zeros, offsets, group_size: scheme.group_size }
     }
 
     /// The same codes and levels for kernels that take the group size at run time.
@@ -123,10 +133,11 @@ impl Decoder {
         }
     }
 
-    /// The element type of the scales that kernels see.
+    /// The element type of the scales, zero points and offsets that kernels see.
     pub(crate) fn scale_elem(self) -> ElemType {
         match self.scale {
             Scale::F16 => ElemType::Float(FloatKind::F16),
+            Scale::F32 | Scale::TwoLevel => ElemType::Float(FloatKind::F32),
             Scale::Byte => ElemType::UInt(UIntKind::U8),
             Scale::None => ElemType::UInt(UIntKind::U32),
         }
@@ -162,18 +173,17 @@ pub(crate) fn decode_unit(
             out[1] = f32::reinterpret(word & 0xffff_0000u32);
         }
         Codes::Packed(layout) => {
-            if comptime!(layout == Layout::Planar3) {
-                let low = words[at];
-                let middle = words[at + columns];
-                let high = words[at + 2usize * columns];
+            if comptime!(layout.high_bits() > 0) {
+                let mut loaded = Array::<u32>::new(comptime!(layout.words_per_unit()));
                 #[unroll]
-                for i in 0..16usize {
-                    let a =
-                        ((low >> comptime!(2 * i as u32)) & 3u32) | (((high >> comptime!(i as u32)) & 1u32) << 2u32);
-                    let b = ((middle >> comptime!(2 * i as u32)) & 3u32)
-                        | (((high >> comptime!(i as u32 + 16)) & 1u32) << 2u32);
-                    out[i] = level(a, table, d.levels);
-                    out[comptime!(i + 16)] = level(b, table, d.levels);
+                for i in 0..comptime!(layout.words_per_unit()) {
+                    loaded[i] = words[at + i * columns];
+                }
+                #[unroll]
+                for i in 0..comptime!(layout.codes_per_unit()) {
+                    let low = loaded[comptime!(i * layout.low_bits() as usize / 32)];
+                    let high = loaded[comptime!(layout.words_per_unit() - 1)];
+                    out[i] = field_level(planar_code(low, high, i, layout), table, 0u32, layout.bits(), d.levels);
                 }
             } else {
                 let word = words[at];
@@ -186,10 +196,4 @@ pub(crate) fn decode_unit(
         }
     }
     out
-}
-
-/// The value of a code at zero point 0.
-#[cube]
-pub(crate) fn level(code: u32, table: &[f32], #[comptime] levels: Levels) -> f32 {
-    field_level(code, table, 0u32, 8u32, levels)
 }

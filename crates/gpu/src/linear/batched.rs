@@ -2,7 +2,6 @@
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
-use half::f16;
 use marlin_formats::DType;
 use marlin_ops::linear::{BatchStrides, BatchedShape, BatchedWeight, GemmBatchedArgs};
 use marlin_ops::{Result, Tensor};
@@ -11,7 +10,7 @@ use super::epilogue::Epilogue;
 use super::operands::{Grouping, Input};
 use super::tile::{Accumulate, Tile, TileConfig, add_tile, clear};
 use super::{grid, limit};
-use crate::decode::{Decoder, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, decode_unit, group_scale, group_zero, weight_of};
 use crate::element::{Storage, load, store};
 use crate::math::activate;
 use crate::{Buffer, Gpu};
@@ -71,7 +70,7 @@ fn batched<X: Numeric, W: Numeric, S: Numeric, O: Numeric, A: Float>(
     dense: &[W],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     strides: &[u32],
     rows: &[u32],
@@ -192,7 +191,7 @@ fn load_w<W: Numeric, S: Numeric, A: Float>(
     dense: &[W],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     w_tile: &mut Shared<[A]>,
     stage: usize,
@@ -232,13 +231,13 @@ fn load_w<W: Numeric, S: Numeric, A: Float>(
                     let at_group = valid / p.group as usize;
                     let scale_at = p.scales + at_group * p.scales_row + column;
                     let scale = group_scale::<S>(scales, table, scale_at, t.decoder);
-                    let zero = group_zero(zeros, p.zeros + at_group * p.zeros_row + column, t.decoder);
+                    let zero = group_zero::<S>(zeros, p.zeros + at_group * p.zeros_row + column, t.decoder);
                     let at = first + row * comptime!(t.decoder.unit() * t.tile.n) + e % comptime!(t.tile.n);
                     #[unroll]
                     for i in 0..codes {
                         // Codes beyond K mean nothing, and an infinite scale must not turn them into NaN.
                         let known = inside && valid * codes + i < p.k;
-                        let w = (levels[i] - zero) * scale;
+                        let w = weight_of(levels[i], scale, zero, t.decoder);
                         w_tile[at + comptime!(i * t.tile.n)] = A::cast_from(select(known, w, f32::new(0.0)));
                     }
                 }

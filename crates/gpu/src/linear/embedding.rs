@@ -2,10 +2,9 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 
 use super::operands::{Grouping, group_of};
-use crate::decode::{Decoder, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, decode_unit, group_scale, group_zero, weight_of};
 use crate::element::{Storage, store};
 use crate::fault::{self, Fault};
 
@@ -24,7 +23,7 @@ pub(super) fn embedding<S: Numeric, O: Numeric>(
     ids: &[u32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     out: &mut [O],
     faults: &mut [Atomic<u32>],
@@ -48,12 +47,12 @@ pub(super) fn embedding<S: Numeric, O: Numeric>(
             let levels = decode_unit(words, table, 0usize.runtime(), unit, id, vocab, c.decoder);
             let at_group = group_of(unit, group, c.grouping) * vocab + id;
             let scale = group_scale::<S>(scales, table, at_group, c.decoder);
-            let zero = group_zero(zeros, at_group, c.decoder);
+            let zero = group_zero::<S>(zeros, at_group, c.decoder);
             #[unroll]
             for i in 0..codes {
                 let feature = unit * codes + i;
                 if feature < hidden {
-                    store::<O>(out, token * hidden + feature, (levels[i] - zero) * scale, c.out);
+                    store::<O>(out, token * hidden + feature, weight_of(levels[i], scale, zero, c.decoder), c.out);
                 }
             }
         }

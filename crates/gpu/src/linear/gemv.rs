@@ -4,14 +4,13 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::{Device, Result};
 
 use super::epilogue::{Epilogue, finish};
 use super::operands::{Grouping, Input, Product, group_of};
 use super::{limit, operands::load_input};
 use crate::Gpu;
-use crate::decode::{Decoder, PADDED, block_level, stored_scale};
+use crate::decode::{Decoder, PADDED, block_level, stored_scale, summand};
 use crate::element::load;
 
 /// Shape of the kernel for few rows.
@@ -106,12 +105,12 @@ fn gemv<X: Numeric, G: Numeric, S: Numeric, H: Numeric, O: Numeric, V: Size>(
     gamma: &[G],
     words: &[Vector<u32, V>],
     scales: &[Vector<S, V>],
-    zeros: &[Vector<f16, V>],
+    zeros: &[Vector<S, V>],
     table: &[f32],
     bias: &[f32],
     up_words: &[Vector<u32, V>],
     up_scales: &[Vector<S, V>],
-    up_zeros: &[Vector<f16, V>],
+    up_zeros: &[Vector<S, V>],
     up_table: &[f32],
     up_bias: &[f32],
     residual: &[H],
@@ -302,7 +301,7 @@ fn stage_rows<X: Numeric, G: Numeric>(
 fn add_chunk<S: Numeric, V: Size>(
     words: &[Vector<u32, V>],
     scales: &[Vector<S, V>],
-    zeros: &[Vector<f16, V>],
+    zeros: &[Vector<S, V>],
     table: &[f32],
     stage: &Shared<[Vector<f32, Const<4>>]>,
     sums: &mut Array<f32>,
@@ -329,21 +328,25 @@ fn add_chunk<S: Numeric, V: Size>(
         for i in 0..comptime!(c.shape.rows * c.width) {
             partial[i] = f32::new(0.0);
         }
-        let mut zero = Vector::<f16, V>::new(f16::new(0.0));
-        if comptime!(c.decoder.zeros) {
+        let mut zero = Vector::<S, V>::new(S::from_int(0));
+        if comptime!(c.decoder.zeros || c.decoder.offsets) {
             zero = zeros[at_group];
+        }
+        let mut early = Vector::<S, V>::new(S::from_int(0));
+        if comptime!(c.decoder.offsets) {
+            early = scales[at_group];
         }
         let first_quad = (unit * comptime!(c.decoder.unit()) - start) / 4usize;
         #[unroll(c.unroll)]
         for step in 0..comptime!(c.depth / c.span()) {
             let word = (unit + step * comptime!(c.span())) * comptime!(c.decoder.words());
             let quad = first_quad + step * comptime!(c.step() / QUAD);
-            add_step::<V>(words, table, stage, &mut partial, zero, word, quad, column, vectors, c);
+            add_step::<S, V>(words, table, stage, &mut partial, early, zero, word, quad, column, vectors, c);
         }
         #[unroll]
         for lane in 0..comptime!(c.width) {
             let mut scale = f32::new(1.0);
-            if comptime!(c.grouping != Grouping::None) {
+            if comptime!(c.grouping != Grouping::None && !c.decoder.offsets) {
                 scale = stored_scale::<S>(scales[at_group].extract(lane), table, c.decoder);
             }
             #[unroll]
@@ -355,15 +358,17 @@ fn add_chunk<S: Numeric, V: Size>(
     }
 }
 
-/// Adds the products of at least a quad of input features, whole units, before scaling.
+/// Adds the products of at least a quad of input features, whole units, before scaling; with offsets, which leave no
+/// common factor, after it.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn add_step<V: Size>(
+fn add_step<S: Numeric, V: Size>(
     words: &[Vector<u32, V>],
     table: &[f32],
     stage: &Shared<[Vector<f32, Const<4>>]>,
     partial: &mut Array<f32>,
-    zero: Vector<f16, V>,
+    scale: Vector<S, V>,
+    zero: Vector<S, V>,
     word: usize,
     first_quad: usize,
     column: usize,
@@ -390,8 +395,9 @@ fn add_step<V: Size>(
             #[unroll]
             for i in 0..4usize {
                 let mut w = block_level::<V>(&loaded, table, comptime!(q * QUAD + i), lane, c.decoder);
-                if comptime!(c.decoder.zeros) {
-                    w -= f32::cast_from(zero.extract(lane));
+                if comptime!(c.decoder.zeros || c.decoder.offsets) {
+                    let (scale, zero) = (f32::cast_from(scale.extract(lane)), f32::cast_from(zero.extract(lane)));
+                    w = summand(w, scale, zero, c.decoder);
                 }
                 #[unroll]
                 for r in 0..rows {

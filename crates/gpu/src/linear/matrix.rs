@@ -2,7 +2,6 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::Result;
 
 use super::epilogue::finish;
@@ -19,12 +18,12 @@ fn matrix<X: Numeric, G: Numeric, S: Numeric, H: Numeric, O: Numeric, A: Float>(
     row_factors: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     bias: &[f32],
     up_words: &[u32],
     up_scales: &[S],
-    up_zeros: &[f16],
+    up_zeros: &[S],
     up_table: &[f32],
     up_bias: &[f32],
     residual: &[H],

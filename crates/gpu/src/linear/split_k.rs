@@ -3,7 +3,6 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_formats::DType;
 use marlin_ops::{Result, Tensor};
 
@@ -23,11 +22,11 @@ fn split_k<X: Numeric, G: Numeric, S: Numeric, A: Float>(
     row_factors: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     up_words: &[u32],
     up_scales: &[S],
-    up_zeros: &[f16],
+    up_zeros: &[S],
     up_table: &[f32],
     partials: &mut [f32],
     m: u32,

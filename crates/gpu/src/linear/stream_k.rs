@@ -4,7 +4,6 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_formats::DType;
 use marlin_ops::Result;
 
@@ -30,12 +29,12 @@ fn stream_k<X: Numeric, G: Numeric, S: Numeric, H: Numeric, O: Numeric, A: Float
     row_factors: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     bias: &[f32],
     up_words: &[u32],
     up_scales: &[S],
-    up_zeros: &[f16],
+    up_zeros: &[S],
     up_table: &[f32],
     up_bias: &[f32],
     residual: &[H],

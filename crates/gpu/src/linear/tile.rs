@@ -3,14 +3,13 @@
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::Result;
 
 use super::epilogue::Epilogue;
 use super::limit;
 use super::operands::{Grouping, Input, Product, group_of, load_input};
 use crate::Gpu;
-use crate::decode::{Decoder, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, decode_unit, group_scale, group_zero, weight_of};
 
 /// The type of the operands in shared memory and of the running sums.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -152,11 +151,11 @@ pub(super) fn multiply<X: Numeric, G: Numeric, S: Numeric, A: Float>(
     row_factors: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     up_words: &[u32],
     up_scales: &[S],
-    up_zeros: &[f16],
+    up_zeros: &[S],
     up_table: &[f32],
     x_tile: &mut Shared<[A]>,
     w_tile: &mut Shared<[A]>,
@@ -263,11 +262,11 @@ fn load<X: Numeric, G: Numeric, S: Numeric, A: Float>(
     row_factors: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     up_words: &[u32],
     up_scales: &[S],
-    up_zeros: &[f16],
+    up_zeros: &[S],
     up_table: &[f32],
     x_tile: &mut Shared<[A]>,
     w_tile: &mut Shared<[A]>,
@@ -339,7 +338,7 @@ fn load_rows<X: Numeric, G: Numeric, A: Float>(
 fn load_weights<S: Numeric, A: Float>(
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     w_tile: &mut Shared<[A]>,
     at: usize,
@@ -363,12 +362,12 @@ fn load_weights<S: Numeric, A: Float>(
             let levels = decode_unit(words, table, 0usize.runtime(), valid, column, n, c.decoder);
             let at_group = group_of(valid, group, c.grouping) * n + column;
             let scale = group_scale::<S>(scales, table, at_group, c.decoder);
-            let zero = group_zero(zeros, at_group, c.decoder);
+            let zero = group_zero::<S>(zeros, at_group, c.decoder);
             let first = at + row * comptime!(c.decoder.unit() * c.tile.n) + e % comptime!(c.tile.n);
             #[unroll]
             for i in 0..codes {
                 // Codes beyond K are 0, and meet activations that are.
-                let w = (levels[i] - zero) * scale;
+                let w = weight_of(levels[i], scale, zero, c.decoder);
                 w_tile[first + comptime!(i * c.tile.n)] = A::cast_from(select(inside, w, f32::new(0.0)));
             }
         }

@@ -1,9 +1,8 @@
 //! Products of one row in shared memory with one column of an expert's weight.
 
 use cubecl::prelude::*;
-use half::f16;
 
-use crate::decode::{Decoder, PADDED, Scale, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, PADDED, Scale, decode_unit, group_scale, group_zero, summand};
 
 /// Units that are decoded at once: about 32 features that share a scale.
 pub(super) fn span_units(decoder: Decoder) -> usize {
@@ -92,7 +91,7 @@ pub(super) fn dot<S: Numeric>(
     x: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     place: &Place,
     base: usize,
@@ -113,8 +112,12 @@ pub(super) fn dot<S: Numeric>(
             at += unit / comptime!(d.group_size / d.unit()) * columns + n;
         }
         let mut zero = f32::new(0.0);
-        if comptime!(d.zeros) {
-            zero = group_zero(zeros, at, d);
+        if comptime!(d.zeros || d.offsets) {
+            zero = group_zero::<S>(zeros, at, d);
+        }
+        let mut factor = f32::new(1.0);
+        if comptime!(d.offsets) {
+            factor = group_scale::<S>(scales, table, at, d);
         }
         let mut sum = f32::new(0.0);
         if unit + span <= end && unit + span <= full_units {
@@ -124,7 +127,7 @@ pub(super) fn dot<S: Numeric>(
                 let from = (unit + i) * comptime!(d.unit()) - base;
                 #[unroll]
                 for j in 0..comptime!(d.unit()) {
-                    sum += (levels[j] - zero) * x[from + j];
+                    sum += summand(levels[j], factor, zero, d) * x[from + j];
                 }
             }
         } else {
@@ -136,13 +139,17 @@ pub(super) fn dot<S: Numeric>(
                     #[unroll]
                     for j in 0..comptime!(d.unit()) {
                         if from + j < place.features {
-                            sum += (levels[j] - zero) * x[from + j - base];
+                            sum += summand(levels[j], factor, zero, d) * x[from + j - base];
                         }
                     }
                 }
             }
         }
-        total += sum * expert_scale::<S>(scales, table, at, place.table, d);
+        if comptime!(d.offsets) {
+            total += sum;
+        } else {
+            total += sum * expert_scale::<S>(scales, table, at, place.table, d);
+        }
         unit += step;
     }
     total

@@ -25,7 +25,7 @@ pub(super) struct Bank {
     /// `[experts, G, N]`.
     pub(super) scales: Buffer,
     pub(super) scale_count: usize,
-    /// `[experts, G, N]` f16.
+    /// Zero points or offsets, `[experts, G, N]`, of the type of the scales.
     pub(super) zeros: Buffer,
     pub(super) zero_count: usize,
     /// `[experts, 256]` where tensors have their own scale, else `[256]` or nothing.
@@ -94,13 +94,14 @@ impl Filling {
     fn finish<R: Runtime>(self, gpu: &Gpu<R>) -> Result<Bank> {
         const OP: &str = "prepare_experts";
         let (mut words, mut scales, mut zeros, mut table) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut scale_count, mut bias) = (0, Vec::new());
+        let (mut scale_count, mut zero_count, mut bias) = (0, 0, Vec::new());
         let biased = self.experts.iter().any(|(_, bias)| bias.is_some());
         for (packed, expert_bias) in self.experts {
             words.extend(packed.words);
             scales.extend(packed.scales);
             scale_count += packed.scale_count;
             zeros.extend(packed.zeros);
+            zero_count += packed.zero_count;
             if table.is_empty() || self.decoder.scale == Scale::Byte {
                 table.extend(packed.table);
             }
@@ -114,8 +115,8 @@ impl Filling {
             words: gpu.create_u32(OP, &words)?,
             scale_count: scale_count.max(1),
             scales: gpu.create(OP, &scales)?,
-            zero_count: zeros.len().max(1),
-            zeros: gpu.create(OP, bytemuck::cast_slice(&zeros))?,
+            zero_count: zero_count.max(1),
+            zeros: gpu.create(OP, &zeros)?,
             table_len: table.len().max(1),
             table: gpu.create_f32(OP, &table)?,
             bias: if biased { Some((gpu.create_f32(OP, &bias)?, bias.len())) } else { None },

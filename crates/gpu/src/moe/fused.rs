@@ -3,7 +3,6 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::Tensor;
 use marlin_ops::linear::Activation;
 
@@ -55,7 +54,7 @@ fn add_products<S: Numeric>(
     row: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     expert: u32,
     base: usize,
@@ -94,17 +93,17 @@ fn expert_mlp<X: Numeric, S: Numeric, Q: Numeric, P: Numeric>(
     places: &[u32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     bias: &[f32],
     words2: &[u32],
     scales2: &[Q],
-    zeros2: &[f16],
+    zeros2: &[Q],
     table2: &[f32],
     bias2: &[f32],
     words3: &[u32],
     scales3: &[P],
-    zeros3: &[f16],
+    zeros3: &[P],
     table3: &[f32],
     bias3: &[f32],
     out: &mut [f32],

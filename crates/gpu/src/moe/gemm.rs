@@ -3,7 +3,6 @@
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
-use half::f16;
 use marlin_formats::DType;
 use marlin_ops::linear::Activation;
 use marlin_ops::{Device, OpError, Result, Tensor};
@@ -12,7 +11,7 @@ use super::dot::{Place, expert_scale, place};
 use super::experts::Operands;
 use super::mlp::{Call, ExpertKernel, OP};
 use crate::Gpu;
-use crate::decode::{Decoder, decode_unit, group_zero};
+use crate::decode::{Decoder, decode_unit, group_zero, weight_of};
 use crate::element::{Storage, load};
 use crate::launch::cubes;
 use crate::math::activate;
@@ -92,7 +91,7 @@ fn decode_tile<S: Numeric>(
     tile: &mut [f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     place: &Place,
     feature: usize,
@@ -114,15 +113,16 @@ fn decode_tile<S: Numeric>(
                 at += unit / comptime!(d.group_size / d.unit()) * columns + n;
             }
             let mut zero = f32::new(0.0);
-            if comptime!(d.zeros) {
-                zero = group_zero(zeros, at, d);
+            if comptime!(d.zeros || d.offsets) {
+                zero = group_zero::<S>(zeros, at, d);
             }
             let scale = expert_scale::<S>(scales, table, at, place.table, d);
             let levels = decode_unit(words, table, place.words, unit, n, columns, d);
             #[unroll]
             for j in 0..comptime!(d.unit()) {
                 let known = unit * comptime!(d.unit()) + j < place.features;
-                tile[to + comptime!(j * c.columns)] = select(known, (levels[j] - zero) * scale, f32::new(0.0));
+                tile[to + comptime!(j * c.columns)] =
+                    select(known, weight_of(levels[j], scale, zero, d), f32::new(0.0));
             }
         } else {
             #[unroll]
@@ -181,12 +181,12 @@ fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
     places: &[u32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     bias: &[f32],
     words2: &[u32],
     scales2: &[Q],
-    zeros2: &[f16],
+    zeros2: &[Q],
     table2: &[f32],
     bias2: &[f32],
     out: &mut [f32],

@@ -2,7 +2,6 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
 use marlin_ops::Tensor;
 use marlin_ops::linear::Activation;
 
@@ -57,12 +56,12 @@ fn expert_rows<X: Numeric, S: Numeric, Q: Numeric>(
     places: &[u32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     bias: &[f32],
     words2: &[u32],
     scales2: &[Q],
-    zeros2: &[f16],
+    zeros2: &[Q],
     table2: &[f32],
     bias2: &[f32],
     out: &mut [f32],

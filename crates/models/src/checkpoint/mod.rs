@@ -16,6 +16,8 @@ use crate::config::read_json;
 use crate::error::{ModelError, Result};
 use crate::mmap::MappedFile;
 
+pub(crate) use weights::group_dtype;
+
 /// Type, shape and file of a stored tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorInfo<'a> {

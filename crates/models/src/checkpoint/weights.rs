@@ -1,7 +1,7 @@
 //! Weights of linear layers, norms and experts from stored tensors, plain or native quantized.
 
 use marlin_formats::exl3::HADAMARD;
-use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme};
+use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme, Shift};
 use marlin_ops::{ExpertWeights, HostTensor, Weight, WeightData};
 
 use super::{Checkpoint, Entry};
@@ -10,6 +10,16 @@ use crate::error::{ModelError, Result};
 
 /// Float dtypes of plain weights.
 const FLOAT: &str = "F32, F16 or BF16";
+
+/// The dtype in which the native container stores the scales, zero points and offsets of groups.
+pub(crate) fn group_dtype(kind: ScaleKind) -> DType {
+    match kind {
+        ScaleKind::F16 => DType::F16,
+        ScaleKind::F32 => DType::F32,
+        ScaleKind::E4m3 | ScaleKind::E8m0 | ScaleKind::F16U8 => DType::U8,
+        ScaleKind::F16I8 => DType::I8,
+    }
+}
 
 /// One slice of a tensor that may be stacked along a leading expert axis.
 #[derive(Clone, Copy)]
@@ -161,17 +171,22 @@ impl Checkpoint {
         in_features: usize,
         part: Part,
     ) -> Result<Weight> {
-        let groups = scheme.groups(in_features);
+        let group_dims = [scheme.groups(in_features), out_features];
+        let super_dims = [scheme.super_blocks(in_features), out_features];
+        let two_level = scheme.format.scale_kind().is_two_level();
+        let has_shifts = scheme.format.shift() != Shift::None;
         let codes = self.native(module, "q", &[DType::U32], &[scheme.code_rows(in_features), out_features], part)?;
-        let scale_dtype = match scheme.format.scale_kind() {
-            ScaleKind::F16 => DType::F16,
-            ScaleKind::E4m3 | ScaleKind::E8m0 => DType::U8,
+        let dtype = group_dtype(scheme.format.scale_kind());
+        let words = |stored: bool, suffix: &str, dtype: DType, dims: &[usize; 2]| -> Result<Vec<u16>> {
+            match stored {
+                true => Ok(words(&self.native(module, suffix, &[dtype], dims, part)?)),
+                false => Ok(Vec::new()),
+            }
         };
-        let scales = self.native(module, "s", &[scale_dtype], &[groups, out_features], part)?;
-        let zeros = match scheme.format.has_zeros() {
-            true => Some(self.native(module, "z", &[DType::F16], &[groups, out_features], part)?),
-            false => None,
-        };
+        let scales = words(true, "s", dtype, &group_dims)?;
+        let zeros = words(has_shifts, "z", dtype, &group_dims)?;
+        let super_scales = words(two_level, "ss", DType::F16, &super_dims)?;
+        let super_minima = words(two_level && has_shifts, "sz", DType::F16, &super_dims)?;
         let tensor_scale = match scheme.format {
             marlin_formats::Format::Nvfp4 => Some(self.native(module, "gs", &[DType::F32], &[1], part)?),
             _ => None,
@@ -184,14 +199,10 @@ impl Checkpoint {
             in_features,
             out_features,
             codes: codes.to_u32().map_err(of_tensor)?,
-            scales: match scale_dtype {
-                DType::U8 => scales.bytes().iter().map(|&b| u16::from(b)).collect(),
-                _ => scales.to_u16_bits().map_err(of_tensor)?,
-            },
-            zeros: match &zeros {
-                Some(zeros) => zeros.to_u16_bits().map_err(of_tensor)?,
-                None => Vec::new(),
-            },
+            scales,
+            zeros,
+            super_scales,
+            super_minima,
             tensor_scale: match &tensor_scale {
                 Some(scale) => scale.to_f32().map_err(of_tensor)?.first().copied(),
                 None => None,
@@ -228,7 +239,7 @@ impl Checkpoint {
 
     /// Drops the pages of a module's native tensors, of one slice where they are stacked.
     fn release_native(&self, module: &str, part: Part) -> Result<()> {
-        for suffix in ["q", "s", "z", "gs"] {
+        for suffix in ["q", "s", "z", "ss", "sz", "gs"] {
             let Some(entry) = self.tensors.get(&format!("{module}.mm.{suffix}")) else {
                 continue;
             };
@@ -297,6 +308,14 @@ impl Checkpoint {
                 Err(ModelError::NonFinite { path: entry.file.path().to_owned(), tensor: name.to_owned(), index, value })
             }
         }
+    }
+}
+
+/// Bytes zero-extended, or the 16-bit words of wider values.
+fn words(tensor: &HostTensor) -> Vec<u16> {
+    match tensor.dtype().size_in_bytes() {
+        1 => tensor.bytes().iter().map(|&byte| u16::from(byte)).collect(),
+        _ => tensor.bytes().as_chunks::<2>().0.iter().map(|&word| u16::from_le_bytes(word)).collect(),
     }
 }
 

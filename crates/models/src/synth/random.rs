@@ -3,11 +3,16 @@
 use std::io::{self, Write};
 
 use half::{bf16, f16};
-use marlin_formats::{DType, Format, ScaleKind, Scheme, fp8};
+use marlin_formats::{DType, Format, Levels, ScaleKind, Scheme, Shift, fp8};
 use marlin_ops::rng::{Stream, philox4x32};
+
+use crate::checkpoint::group_dtype;
 
 /// Values per piece.
 const PIECE: usize = 1 << 16;
+
+/// The middle of the bytes of two-level scales, and that of their minima.
+const SUB_SCALE: u8 = 48;
 
 /// Random words that depend on the seed, the tensor and the position alone.
 pub(super) struct Words {
@@ -80,7 +85,7 @@ pub(super) struct RandomMatrix {
     out_features: usize,
     /// Scale that gives the wanted deviation.
     scale: f32,
-    /// Zero point at the middle of an unsigned grid.
+    /// The middle of an unsigned grid.
     zero: f32,
     /// What a random byte becomes in 8-bit formats, so that no code is NaN, infinite or one that writers never emit.
     bytes: [u8; 256],
@@ -89,19 +94,18 @@ pub(super) struct RandomMatrix {
 impl RandomMatrix {
     pub(super) fn new(scheme: Scheme, out_features: usize, in_features: usize, deviation: f32) -> Self {
         let format = scheme.format;
-        let zero = match format {
-            Format::Int4U4 => 8.0,
-            Format::Int8Asym => 128.0,
+        let zero = match format.levels() {
+            Levels::Minus { half: 0 } => (1u32 << (format.code_bits() - 1)) as f32,
             _ => 0.0,
         };
         let bytes = std::array::from_fn(|b| match format {
-            Format::Fp8E4m3 => fp8::e4m3::encode((b as f32 - 127.5) / 128.0),
+            Format::Fp8E4m3 | Format::Fp8E4m3F32 => fp8::e4m3::encode((b as f32 - 127.5) / 128.0),
             Format::Fp8E5m2 => fp8::e5m2::encode((b as f32 - 127.5) / 128.0),
             Format::Int8 if b == 0x80 => 0x81,
             _ => b as u8,
         });
         let codes = 1usize << format.code_bits();
-        let square = |code: &u8| f64::from(format.value(*code, zero)).powi(2);
+        let square = |code: &u8| f64::from(format.value(*code, 0.0) - zero).powi(2);
         let mean_square = bytes[..codes].iter().map(square).sum::<f64>() / codes as f64;
         Self { scheme, in_features, out_features, scale: deviation / mean_square.sqrt() as f32, zero, bytes }
     }
@@ -156,21 +160,43 @@ impl RandomMatrix {
                 let exponent = varied(w).log2().round().clamp(-127.0, 127.0);
                 [(exponent + 127.0) as u8]
             }),
+            ScaleKind::F32 => words.write(sink, count, |_, w| varied(w).to_le_bytes()),
+            // Three quarters to five quarters of SUB_SCALE.
+            ScaleKind::F16U8 | ScaleKind::F16I8 => words.write(sink, count, |_, w| [36 + (w >> 8) as u8 % 25]),
         }
     }
 
-    /// Stored dtype of the scales.
+    /// Stored dtype of the scales, and of zero points or offsets.
     pub(super) fn scale_dtype(&self) -> DType {
-        match self.scheme.format.scale_kind() {
-            ScaleKind::F16 => DType::F16,
-            ScaleKind::E4m3 | ScaleKind::E8m0 => DType::U8,
+        group_dtype(self.scheme.format.scale_kind())
+    }
+
+    /// The bytes of the zero point or offset of every group, where the format has them.
+    pub(super) fn zeros(&self) -> Option<Vec<u8>> {
+        let format = self.scheme.format;
+        match (format.shift(), format.scale_kind()) {
+            (Shift::None, _) => None,
+            (_, kind) if kind.is_two_level() => Some(vec![SUB_SCALE]),
+            (Shift::Offset, ScaleKind::F32) => Some((-self.zero * self.scale).to_le_bytes().to_vec()),
+            (Shift::Offset, _) => Some(f16::from_f32(-self.zero * self.scale).to_le_bytes().to_vec()),
+            (Shift::Zero, _) => Some(f16::from_f32(self.zero).to_le_bytes().to_vec()),
         }
     }
 
-    /// Zero points, where the format has them.
-    pub(super) fn zeros(&self) -> Option<[u8; 2]> {
-        let has_zeros = self.scheme.format.has_zeros();
-        has_zeros.then(|| f16::from_f32(self.zero).to_le_bytes())
+    /// Shape of the multipliers of two-level scales, `[super-blocks, N]`.
+    pub(super) fn super_dims(&self) -> [usize; 2] {
+        [self.scheme.super_blocks(self.in_features), self.out_features]
+    }
+
+    /// The bytes of the f16 multipliers of every super-block, of scales and of minima, with their tensors' suffixes.
+    pub(super) fn supers(&self) -> Vec<(&'static str, [u8; 2])> {
+        let bytes = |value: f32| f16::from_f32(value / f32::from(SUB_SCALE)).to_le_bytes();
+        let format = self.scheme.format;
+        match (format.scale_kind().is_two_level(), format.has_offsets()) {
+            (false, _) => Vec::new(),
+            (true, false) => vec![("ss", bytes(self.scale))],
+            (true, true) => vec![("ss", bytes(self.scale)), ("sz", bytes(self.scale * self.zero))],
+        }
     }
 
     /// NVFP4's divisor: it puts the E4M3 scales around 64, where they are precise.

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use marlin_formats::{Format, Scheme};
+use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift, StoredGroups};
 
 use super::*;
 use crate::{Checkpoint, QuantizationConfig};
@@ -166,16 +166,46 @@ fn a_dropped_or_failed_writer_leaves_nothing() {
     ));
 }
 
+/// A matrix of an imported format: values of their own everywhere.
+fn stored(scheme: Scheme, n: usize, k: usize) -> QuantizedMatrix {
+    let (format, groups, blocks) = (scheme.format, scheme.groups(k) * n, scheme.super_blocks(k) * n);
+    let codes: Vec<u8> = (0..n * k).map(|i| (i % 61 % (1 << format.code_bits())) as u8).collect();
+    let count = |stored: bool, count: usize| if stored { count } else { 0 };
+    let shifts = count(format.shift() != Shift::None, groups);
+    let floats = |count: usize, factor: f32| (0..count).map(|i| (i as f32 + 0.1) * factor).collect::<Vec<_>>();
+    let halves = |count: usize, first: u16| (0..count as u16).map(|i| first + i).collect::<Vec<_>>();
+    let bytes = |count: usize, first: u8| (0..count as u8).map(|i| first.wrapping_add(5 * i)).collect::<Vec<_>>();
+    let (scales, offsets) = (floats(groups, 0.3), floats(shifts, -0.7));
+    let (half_scales, half_shifts) = (halves(groups, 0x3000), halves(shifts, 0xB100));
+    let (byte_scales, minima) = (bytes(groups, 200), bytes(shifts, 7));
+    let super_minima = halves(count(format.has_offsets(), blocks), 0x2500);
+    let groups = match format.scale_kind() {
+        ScaleKind::F16 => StoredGroups::F16 { scales: &half_scales, shifts: &half_shifts },
+        ScaleKind::F32 => StoredGroups::F32 { scales: &scales, offsets: &offsets },
+        _ => StoredGroups::TwoLevel {
+            super_scales: &halves(blocks, 0x2400),
+            super_minima: &super_minima,
+            scales: &byte_scales,
+            minima: &minima,
+        },
+    };
+    QuantizedMatrix::from_stored(scheme, k, n, &codes, &groups).unwrap()
+}
+
 #[test]
 fn every_format_reads_back_as_written() {
-    let (n, k) = (6, 72);
+    // Two-level formats have a second, short super-block.
+    let (n, k) = (6, 328);
     let weight: Vec<f32> = (0..n * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0).collect();
     for format in Format::ALL {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("model");
         let group_size = format.check_group_size(64).map_or(format.default_group_size(), |()| 64);
         let scheme = Scheme::new(format, group_size).unwrap();
-        let matrix = QuantizedMatrix::encode(scheme, &weight, n, k).unwrap();
+        let matrix = match format.can_encode() {
+            true => QuantizedMatrix::encode(scheme, &weight, n, k).unwrap(),
+            false => stored(scheme, n, k),
+        };
         let config = QuantizationConfig::new(scheme, Default::default(), &["lm_head".into()]).unwrap();
         let mut writer = Writer::create(&out).unwrap();
         writer.matrix("m.proj", &matrix).unwrap();

@@ -128,8 +128,8 @@ impl<D: Device> BatchedWeight<'_, D> {
             Self::Quantized { scheme, codes, scales, zeros } => {
                 let format = scheme.format;
                 format.check_group_size(scheme.group_size)?;
-                if format.layout() != Layout::Bits4 || format.scale_kind() != ScaleKind::F16 {
-                    let reason = format!("is {}: only 4-bit codes with f16 scales", format.name());
+                if format.layout() != Layout::Bits4 || format.scale_kind() != ScaleKind::F16 || format.has_offsets() {
+                    let reason = format!("is {}: only 4-bit codes with f16 scales and no offsets", format.name());
                     return Err(OpError::value(OP, "scheme", reason));
                 }
                 if zeros.is_some() != format.has_zeros() {
