@@ -36,6 +36,8 @@ enum Command {
     Chat(commands::chat::ChatArgs),
     /// Write a quantized copy of a model
     Quantize(commands::quantize::QuantizeArgs),
+    /// Write any checkpoint that is read, other projects' included, in our layout
+    Convert(commands::convert::ConvertArgs),
     /// Show a model's architecture, tensors, formats, bits per weight and memory
     Inspect(commands::inspect::InspectArgs),
     /// Measure the perplexity of a text
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
         Command::Quantize(args) => commands::quantize::run(args),
+        Command::Convert(args) => commands::convert::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Perplexity(args) => commands::perplexity::run(args),
         Command::Logits(args) => commands::logits::run(args),

@@ -125,6 +125,7 @@ impl<B: Backend> Session<B> {
         let checkpoint = Checkpoint::open(dir)?;
         let options = LoadOptions { context, cache_dtype, ..LoadOptions::default() };
         let model = Model::load(backend.clone(), &checkpoint, config, options)?;
+        checkpoint.take_warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
         let cache = KvCache::new(&model, model.context())?;
         let scratch = model.scratch(LOGIT_ROWS.min(model.chunk()))?;
         let row = backend.zeros(DType::F32, &[1, model.config().vocab_size])?;

@@ -156,6 +156,16 @@ pub enum ModelError {
         /// What is wrong.
         source: Box<OpError>,
     },
+    /// A tensor of another project's format whose shape or content contradicts its companions.
+    #[error("{}: tensor `{tensor}` {reason}", path.display())]
+    TensorContent {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A tokenizer file that cannot be loaded, or text or ids that it refuses.
     #[error("{}: {reason}", path.display())]
     Tokenizer {

@@ -120,10 +120,7 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// The output head, or none when the embedding serves as one: tied, and no head is stored.
     pub(crate) fn lm_head(&mut self) -> Result<Option<Linear<B>>> {
-        let stored = [".weight", ".mm.q", ".trellis"]
-            .iter()
-            .any(|suffix| self.checkpoint.contains(&format!("{LM_HEAD}{suffix}")));
-        if self.config.tie_word_embeddings && !stored {
+        if self.config.tie_word_embeddings && !self.checkpoint.has_module(LM_HEAD) {
             return Ok(None);
         }
         self.enter(String::new());

@@ -1,19 +1,20 @@
-//! `quantization_config` of the native container (formats.md 0.4).
+//! `quantization_config`: of the native container, and which other method it names.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use marlin_formats::{Format, Scheme, Shift};
+use marlin_ops::{ExpertWeights, Weight};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
+use crate::Checkpoint;
 use crate::config::Fields;
 use crate::error::{ModelError, Result};
+use crate::import::{Method, QUANT_METHODS};
 
 /// `quant_method` of the native container.
 const QUANT_METHOD: &str = "metal_marlin";
-/// `quant_method` of ExLlamaV3.
-const EXL3: &str = "exl3";
 /// The version this project reads and writes.
 const FORMAT_VERSION: u64 = 1;
 
@@ -25,6 +26,8 @@ pub struct QuantizationConfig {
     default: Option<SchemeEntry>,
     modules: BTreeMap<String, SchemeEntry>,
     ignore: Vec<Ignore>,
+    /// How another project quantized the checkpoint; the fields above are empty then.
+    method: Option<Method>,
 }
 
 /// A scheme object. A group size of -1 (one group a column) is resolved with K.
@@ -74,6 +77,7 @@ impl QuantizationConfig {
             default: Some(entry(default)),
             modules: modules.into_iter().map(|(m, s)| (m, entry(s))).collect(),
             ignore: ignore.map_err(|e| ModelError::request("ignore pattern", e))?,
+            method: None,
         })
     }
 
@@ -88,16 +92,22 @@ impl QuantizationConfig {
 
     /// Reads `quantization_config` of a config file; absent means that nothing is quantized.
     pub(crate) fn read(fields: &Fields<'_>) -> Result<Self> {
+        let imported = |method| Self { path: fields.path().to_owned(), method, ..Self::default() };
         let Some(fields) = fields.child("quantization_config")? else {
-            return Ok(Self { path: fields.path().to_owned(), ..Self::default() });
+            return Ok(imported(Method::beside(fields)?));
         };
-        let method = fields.string("quant_method")?;
-        if method == EXL3 {
-            // Its tensors say everything: which modules are quantized, at how many bits, with which codebook.
-            return Ok(Self { path: fields.path().to_owned(), ..Self::default() });
+        if fields.get("quant_method").is_none()
+            && let Some(mlx) = Method::mlx(&fields)?
+        {
+            return Ok(imported(Some(mlx)));
         }
+        let method = fields.string("quant_method")?;
         if method != QUANT_METHOD {
-            let reason = format!("`{method}` is not supported yet; supported: {QUANT_METHOD}, {EXL3}");
+            if let Some(method) = Method::read(method, &fields)? {
+                return Ok(imported(Some(method)));
+            }
+            let known = QUANT_METHODS.join(", ");
+            let reason = format!("`{method}` is not supported; supported: {QUANT_METHOD}, {known}");
             return Err(fields.error("quant_method", reason));
         }
         let version = fields.integer("format_version", 0, u64::MAX)? as u64;
@@ -123,12 +133,35 @@ impl QuantizationConfig {
         }
         let ignore = fields.list("ignore")?.unwrap_or_default();
         let ignore = ignore.iter().map(|value| ignore_entry(&fields, value)).collect::<Result<_>>()?;
-        Ok(Self { path: path.to_owned(), default, modules, ignore })
+        Ok(Self { path: path.to_owned(), default, modules, ignore, method: None })
     }
 
-    /// Whether anything is stored in a native format.
+    /// Whether nothing is quantized.
     pub fn is_empty(&self) -> bool {
-        self.default.is_none() && self.modules.is_empty()
+        self.default.is_none() && self.modules.is_empty() && self.method.is_none()
+    }
+
+    /// The name of the method by which another project quantized the checkpoint.
+    pub fn method(&self) -> Option<&'static str> {
+        self.method.as_ref().map(Method::name)
+    }
+
+    /// A module from another project's tensors, without bias; `None` when it is stored plain.
+    pub(crate) fn import(&self, checkpoint: &Checkpoint, module: &str, n: usize, k: usize) -> Result<Option<Weight>> {
+        self.method.as_ref().map_or(Ok(None), |method| method.weight(checkpoint, module, n, k))
+    }
+
+    /// Routed experts from another project's stacks, `None` when they are stored otherwise.
+    pub(crate) fn import_experts(
+        &self,
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        experts: usize,
+        hidden: usize,
+        intermediate: usize,
+    ) -> Result<Option<Vec<ExpertWeights>>> {
+        let read = |method: &Method| method.experts(checkpoint, prefix, experts, hidden, intermediate);
+        self.method.as_ref().map_or(Ok(None), read)
     }
 
     /// The default scheme's format and its group size, `None` for one group a column.

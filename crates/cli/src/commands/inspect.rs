@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use marlin_models::{AttentionConfig, Checkpoint, LinearModule, MlpConfig, ModelConfig};
+use marlin_formats::DType;
+use marlin_models::{AttentionConfig, Checkpoint, LinearModule, MlpConfig, ModelConfig, ModuleKind};
 use serde::Serialize;
 
 use crate::bundled;
@@ -145,6 +146,9 @@ fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) 
         let format = format!("{} group {}", scheme.format.name(), scheme.group_size);
         return Ok(Stored { format, bytes: parts.iter().sum::<u64>() / experts, quantized: true });
     }
+    if let Some(imported) = imported(config, checkpoint, module) {
+        return Ok(imported);
+    }
     let own = format!("{}.weight", module.name);
     let tensor = match stack {
         Some((experts, "down_proj")) if !checkpoint.contains(&own) => format!("{experts}.down_proj"),
@@ -154,6 +158,35 @@ fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) 
     let dtype = checkpoint.tensor(&tensor)?.dtype();
     let bytes = (module.out_features * module.in_features * dtype.size_in_bytes()) as u64;
     Ok(Stored { format: dtype.name().to_lowercase(), bytes, quantized: false })
+}
+
+/// A module in another project's form: its own tensors, or its share of a stack of experts.
+fn imported(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) -> Option<Stored> {
+    let method = config.quantization.method()?;
+    let stack = module.name.split_once(".experts.").and_then(|(mlp, rest)| {
+        let (_, projection) = rest.split_once('.')?;
+        Some(format!("{mlp}.switch_mlp.{projection}"))
+    });
+    let own = checkpoint.has_module(&module.name);
+    let holder = if own { module.name.clone() } else { stack.filter(|stack| checkpoint.has_module(stack))? };
+    let float = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+    if own && checkpoint.get(&format!("{holder}.weight")).is_some_and(|info| float(info.dtype)) {
+        return None;
+    }
+    let experts = match (&module.kind, own) {
+        (ModuleKind::Expert, false) => config.layers.get(module.layer?).map_or(1, |layer| match layer.mlp {
+            MlpConfig::Moe { experts, .. } => experts as u64,
+            MlpConfig::Dense { .. } => 1,
+        }),
+        _ => 1,
+    };
+    let bias = format!("{holder}.bias");
+    let sizes =
+        || checkpoint.module_tensors(&holder).filter(|(name, _)| *name != bias).map(|(_, info)| info.bytes as u64);
+    // The codes are the largest tensor by far.
+    let weights = (module.out_features * module.in_features) as u64 * experts;
+    let bits = (8.0 * sizes().max().unwrap_or(0) as f64 / weights as f64).round();
+    Some(Stored { format: format!("{method} {bits}-bit"), bytes: sizes().sum::<u64>() / experts, quantized: true })
 }
 
 /// Stored size of a tensor, 0 if there is none.
@@ -242,6 +275,25 @@ mod tests {
     use marlin_models::{SynthOptions, Writer, synth};
 
     use super::*;
+
+    /// Codes with everything beside them: GPTQ's scales, zero points and group index; MLX's scales and offsets.
+    #[test]
+    fn imported_modules_are_counted_with_their_companions() {
+        let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/imports/models");
+        // A bf16 scale and offset per 32 weights; GPTQ's 16 + 4 bits, and 32 a channel for the group index. 14 projections,
+        // or in 2 layers 4 and 12 of experts, and the two of the vocabulary.
+        for (name, format, modules, bits) in
+            [("mlx", "mlx 4-bit", 16, 5.0), ("mlx_moe", "mlx 4-bit", 34, 5.0), ("gptq", "gptq 4-bit", 14, 5.125)]
+        {
+            let dir = models.join(name);
+            let (config, checkpoint) = (ModelConfig::from_dir(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+            let inspection = inspect(name, &config, &checkpoint).unwrap();
+            let found = &inspection.formats[format];
+            assert_eq!(found.modules, modules, "{name}");
+            assert!((found.bits_per_weight - bits).abs() < 1e-9, "{name} {}", found.bits_per_weight);
+            assert_eq!(inspection.quantized_bits_per_weight, Some(found.bits_per_weight), "{name}");
+        }
+    }
 
     /// Experts stored one by one, and the same stacked along a leading axis.
     #[test]

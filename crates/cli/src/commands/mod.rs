@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod chat;
+pub mod convert;
 pub mod devices;
 #[cfg(feature = "gpu")]
 pub mod emit_msl;

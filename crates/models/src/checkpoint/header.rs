@@ -50,7 +50,9 @@ fn header_json<'a>(path: &Path, file: &'a [u8]) -> Result<(&'a [u8], usize)> {
 /// Checks one entry by itself: dtype, and shape x dtype = byte length without overflow.
 fn entry(path: &Path, name: String, raw: RawEntry, data_start: usize) -> Result<HeaderEntry> {
     let fail = |reason: String| Err(header_error(path, format!("tensor `{name}`: {reason}")));
-    let Some(dtype) = DType::from_safetensors_name(&raw.dtype) else {
+    // Scales of MX formats: a byte, which other files store as U8.
+    let dtype = if raw.dtype == "F8_E8M0" { Some(DType::U8) } else { DType::from_safetensors_name(&raw.dtype) };
+    let Some(dtype) = dtype else {
         return Err(ModelError::TensorDType {
             path: path.to_owned(),
             tensor: name,

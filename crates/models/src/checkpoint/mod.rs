@@ -3,10 +3,12 @@
 mod header;
 mod weights;
 
+pub(crate) use weights::group_dtype;
+
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use marlin_formats::DType;
 use marlin_ops::HostTensor;
@@ -15,8 +17,6 @@ use serde_json::Value;
 use crate::config::read_json;
 use crate::error::{ModelError, Result};
 use crate::mmap::MappedFile;
-
-pub(crate) use weights::group_dtype;
 
 /// Type, shape and file of a stored tensor.
 #[derive(Clone, Copy, Debug)]
@@ -42,12 +42,19 @@ struct Entry {
     used: AtomicBool,
 }
 
+impl Entry {
+    fn info(&self) -> TensorInfo<'_> {
+        TensorInfo { dtype: self.dtype, shape: &self.shape, file: self.file.path(), bytes: self.len }
+    }
+}
+
 /// The tensors of one model, mapped from `model.safetensors` or from the shards that `model.safetensors.index.json`
 /// names. Opening checks every header against its file; nothing is copied.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     tensors: BTreeMap<String, Entry>,
+    warnings: Mutex<Vec<String>>,
 }
 
 impl Checkpoint {
@@ -59,7 +66,7 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self> {
         let single = dir.join("model.safetensors");
         let index = dir.join("model.safetensors.index.json");
-        let mut checkpoint = Self { path: dir.to_owned(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self { path: dir.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default() };
         if single.exists() {
             checkpoint.add_file(&single)?;
         } else if index.exists() {
@@ -79,7 +86,7 @@ impl Checkpoint {
     /// A file that is missing, truncated, longer than its tensors, or whose header is not valid: a length beyond the
     /// file, a shape that overflows or contradicts its byte range, overlapping ranges or holes, an unknown dtype.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let mut checkpoint = Self { path: path.to_owned(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self { path: path.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default() };
         checkpoint.add_file(path)?;
         Ok(checkpoint)
     }
@@ -153,13 +160,33 @@ impl Checkpoint {
 
     /// Type, shape and file of a tensor.
     pub fn get(&self, name: &str) -> Option<TensorInfo<'_>> {
-        let entry = self.tensors.get(name)?;
-        Some(TensorInfo { dtype: entry.dtype, shape: &entry.shape, file: entry.file.path(), bytes: entry.len })
+        self.tensors.get(name).map(Entry::info)
     }
 
     /// Whether a tensor is stored.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// Whether any tensor of a module is stored, in whatever format.
+    pub fn has_module(&self, module: &str) -> bool {
+        self.module_tensors(module).next().is_some()
+    }
+
+    /// The tensors of a module, `{module}.*`, by name.
+    pub fn module_tensors(&self, module: &str) -> impl Iterator<Item = (&str, TensorInfo<'_>)> {
+        let prefix = format!("{module}.");
+        let entries = self.tensors.range(prefix.clone()..).take_while(move |(name, _)| name.starts_with(&prefix));
+        entries.map(|(name, entry)| (name.as_str(), entry.info()))
+    }
+
+    /// Takes what the user should know about the modules read so far: places where published files are ambiguous.
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut self.warnings.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn warn(&self, text: String) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
 
     /// A view of a stored tensor; marks it used. Nothing is copied and the values are not looked at.

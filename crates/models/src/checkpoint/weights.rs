@@ -53,8 +53,8 @@ impl Checkpoint {
         Ok(values)
     }
 
-    /// The weight of a linear module, `[out_features, in_features]`: native quantized when `{module}.mm.q` is stored,
-    /// else `{module}.weight`; with `{module}.bias` when `bias`. A plain weight is a view: [`Checkpoint::release`] it
+    /// The weight of a linear module, `[out_features, in_features]`: native quantized when `{module}.mm.q` is stored, from
+    /// another project's tensors when `quantization` names its method and the module has them, else `{module}.weight`; with `{module}.bias` when `bias`. A plain weight is a view: [`Checkpoint::release`] it
     /// once repacked. A quantized one is copied and released here.
     ///
     /// # Errors
@@ -72,18 +72,20 @@ impl Checkpoint {
         let weight = if self.contains(&codes) {
             let scheme = quantization.scheme(module, out_features, in_features)?;
             self.quantized(module, scheme, out_features, in_features, Part::Whole)?
-        } else if self.is_exl3(module) {
-            self.exl3_weight(module, out_features, in_features)?
+        } else if let Some(weight) = quantization.import(self, module, out_features, in_features)? {
+            self.release_prefix(&format!("{module}."))?;
+            weight
         } else {
             let name = format!("{module}.weight");
             let entry = self.entry(&name)?;
             let values = self.dense(&name, &[out_features, in_features])?;
             plain_weight(&name, entry, values)?
         };
-        if !bias {
+        let name = format!("{module}.bias");
+        // AutoGPTQ gives every module a bias.
+        if !bias && (quantization.is_empty() || !self.contains(&name)) {
             return Ok(weight);
         }
-        let name = format!("{module}.bias");
         let entry = self.entry(&name)?;
         // Biases of EXL3 modules are padded like their outputs.
         let padded = out_features.next_multiple_of(HADAMARD);
@@ -97,6 +99,7 @@ impl Checkpoint {
     /// The routed experts of a layer. `prefix` is `model.layers.{i}.mlp.experts`. Three stored forms are read: one
     /// module an expert (`{prefix}.{e}.gate_proj`, ...), transformers' fused `{prefix}.gate_up_proj [E, 2I, H]` (gate
     /// rows first) with `{prefix}.down_proj [E, H, I]`, and native quantized `{prefix}.gate_proj.mm.q [E, ..]`, ....
+    /// Beside them the stacks of MLX and gpt-oss.
     ///
     /// # Errors
     /// As [`Checkpoint::weight`].
@@ -108,6 +111,9 @@ impl Checkpoint {
         hidden: usize,
         intermediate: usize,
     ) -> Result<Vec<ExpertWeights>> {
+        if let Some(stack) = quantization.import_experts(self, prefix, experts, hidden, intermediate)? {
+            return Ok(stack);
+        }
         if self.contains(&format!("{prefix}.gate_up_proj")) {
             return self.fused_experts(prefix, experts, hidden, intermediate);
         }

@@ -2,6 +2,7 @@
 
 mod config;
 mod headers;
+mod imports;
 mod tensors;
 mod tokenizer;
 

@@ -1,0 +1,119 @@
+use super::*;
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/imports/models")
+}
+
+fn convert(input: &Path, output: &Path, to: &str) -> Result<()> {
+    let to = target(to).map_err(anyhow::Error::msg)?;
+    run(ConvertArgs { input: input.to_owned(), output: output.to_owned(), to, group: None })
+}
+
+/// Every matrix of a folder, decoded, and the names of the forms.
+fn weights(dir: &Path) -> BTreeMap<String, (&'static str, Vec<f32>)> {
+    let config = ModelConfig::from_dir(dir).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let mut all = BTreeMap::new();
+    for module in config.linear_modules() {
+        let (n, k) = (module.out_features, module.in_features);
+        let weight = if checkpoint.has_module(&module.name) {
+            checkpoint.weight(&config.quantization, &module.name, n, k, module.bias).unwrap()
+        } else {
+            let (prefix, rest) = module.name.split_once(".experts.").unwrap();
+            let (e, projection) = rest.split_once('.').unwrap();
+            let stack = checkpoint.experts(&config.quantization, &format!("{prefix}.experts"), 4, 64, 64).unwrap();
+            let expert = stack.into_iter().nth(e.parse().unwrap()).unwrap();
+            match projection {
+                "gate_proj" => expert.gate,
+                "up_proj" => expert.up,
+                _ => expert.down,
+            }
+        };
+        all.insert(module.name, (weight.format_name(), weight.to_f32().unwrap()));
+    }
+    all
+}
+
+#[test]
+fn native_folders_hold_the_same_weights() {
+    let root = tempfile::tempdir().unwrap();
+    let mut count = 0;
+    for entry in std::fs::read_dir(models()).unwrap() {
+        let input = entry.unwrap().path();
+        let output = root.path().join(input.file_name().unwrap());
+        convert(&input, &output, "native").unwrap();
+        assert_eq!(weights(&output), weights(&input), "{}", input.display());
+        let config = ModelConfig::from_dir(&output).unwrap();
+        assert_eq!(config.quantization.method(), None);
+        let checkpoint = Checkpoint::open(&output).unwrap();
+        for tensor in config.vector_tensors() {
+            checkpoint.vector(&tensor.name, tensor.len).unwrap();
+        }
+        weights(&output);
+        // A second conversion changes nothing.
+        let again = root.path().join("again");
+        convert(&output, &again, "native").unwrap();
+        for file in ["model.safetensors", "config.json"] {
+            assert_eq!(std::fs::read(again.join(file)).unwrap(), std::fs::read(output.join(file)).unwrap());
+        }
+        std::fs::remove_dir_all(&again).unwrap();
+        count += 1;
+    }
+    assert_eq!(count, 8);
+}
+
+#[test]
+fn dense_folders_hold_the_rounded_weights() {
+    let root = tempfile::tempdir().unwrap();
+    for (name, to, dtype) in [("awq", "f16", DType::F16), ("mlx_moe", "bf16", DType::BF16), ("fp8", "f32", DType::F32)]
+    {
+        let (input, output) = (models().join(name), root.path().join(name));
+        convert(&input, &output, to).unwrap();
+        let source = weights(&input);
+        for (module, (form, values)) in weights(&output) {
+            let exact = &source[&module].1;
+            let rounded = HostTensor::from_f32_as(dtype, &[exact.len()], exact).unwrap().to_f32().unwrap();
+            assert_eq!((form, &values), (dtype.name(), &rounded), "{module}");
+        }
+        let text = std::fs::read_to_string(output.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&text).unwrap();
+        assert!(config.get("quantization").is_none() && config.get("quantization_config").is_none());
+        assert!(["float16", "bfloat16", "float32"].contains(&config["torch_dtype"].as_str().unwrap()));
+    }
+}
+
+#[test]
+fn formats_are_rounded_to_and_refusals_leave_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let (input, output) = (models().join("gptq"), root.path().join("out"));
+    convert(&input, &output, "int8").unwrap();
+    let (source, found) = (weights(&input), weights(&output));
+    for (module, (form, values)) in &found {
+        let exact = &source[module].1;
+        if module.ends_with("_proj") {
+            assert_eq!(*form, "int8", "{module}");
+            let amax = exact.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let error = values.iter().zip(exact).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(error > 0.0 && error <= amax / 250.0, "{module}: {error} of {amax}");
+        } else {
+            assert_eq!((*form, values), (source[module].0, exact), "{module}");
+        }
+    }
+    let message = convert(&input, &output, "native").unwrap_err().to_string();
+    assert!(message.contains("exists already"), "{message}");
+    assert!(target("q4_k").unwrap_err().contains("only imported"));
+    assert!(target("int5").unwrap_err().contains("or native, f32"));
+    // A damaged input leaves no output behind.
+    let damaged = root.path().join("damaged");
+    std::fs::create_dir(&damaged).unwrap();
+    std::fs::copy(input.join("config.json"), damaged.join("config.json")).unwrap();
+    let mut file = std::fs::read(input.join("model.safetensors")).unwrap();
+    let name = b"model.layers.1.mlp.down_proj.qzeros";
+    let at = file.windows(name.len()).position(|window| window == name).unwrap();
+    file[at + name.len() - 1] = b'x';
+    std::fs::write(damaged.join("model.safetensors"), file).unwrap();
+    let message = convert(&damaged, &root.path().join("none"), "native").unwrap_err().to_string();
+    assert!(message.contains("`model.layers.1.mlp.down_proj.qzeros` is missing"), "{message}");
+    let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
