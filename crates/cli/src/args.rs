@@ -62,7 +62,7 @@ impl From<CacheType> for DType {
 /// Which model to load and how much context to plan for.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model folder (config.json, safetensors, tokenizer.json) [default: the bundled story model]
+    /// Model folder (config.json, safetensors, tokenizer.json) or GGUF file [default: the bundled story model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Tokens of context to plan for [default: the model's own limit, at most 4096]

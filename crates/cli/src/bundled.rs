@@ -11,18 +11,24 @@ const BUNDLED: &str = "models/marlin-stories-int4";
 /// binary was built from.
 ///
 /// # Errors
-/// A `given` path that is not a folder; no bundled model.
+/// A `given` path that is neither a folder nor a GGUF file; no bundled model.
 pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = given {
         match dir.is_dir() {
             true => return Ok(dir.to_path_buf()),
-            false if dir.exists() => bail!("{}: not a folder; a model is a folder", dir.display()),
-            false => bail!("{}: no such folder", dir.display()),
+            false if is_gguf(dir) => return Ok(dir.to_path_buf()),
+            false if dir.exists() => bail!("{}: not a folder; a model is a folder or a .gguf file", dir.display()),
+            false => bail!("{}: no such folder or file", dir.display()),
         }
     }
     candidates()
         .find(|dir| dir.join("config.json").is_file())
         .ok_or_else(|| anyhow!("the bundled model ({BUNDLED}) was not found; name a model folder with --model DIR"))
+}
+
+/// A file with the name of a GGUF model; what it holds is seen when it is opened.
+fn is_gguf(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn candidates() -> impl Iterator<Item = PathBuf> {

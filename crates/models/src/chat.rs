@@ -47,11 +47,15 @@ const SPECIAL_TOKENS: [&str; 5] = ["bos_token", "eos_token", "pad_token", "unk_t
 
 impl ChatTemplate {
     /// Reads `dir/chat_template.jinja`, or else the `chat_template` of `dir/tokenizer_config.json` (a string, or the
-    /// one named `default` of a list). `None` when the folder has neither.
+    /// one named `default` of a list), or that of a GGUF file. `None` when there is none.
     ///
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
     pub fn from_dir(dir: &Path) -> Result<Option<Self>> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            let template = crate::gguf::chat_template(&file)?;
+            return template.map(|(source, tokens)| Self::new(&file, source, tokens)).transpose();
+        }
         let config_path = dir.join("tokenizer_config.json");
         let config = match read_json(&config_path, "it is optional") {
             Ok(config) => config,

@@ -124,6 +124,14 @@ pub enum ModelError {
         /// What is wrong, with the tensor's name where there is one.
         reason: String,
     },
+    /// A GGUF file that contradicts itself, or holds what this project does not read.
+    #[error("{}: {reason}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the tensor or key.
+        reason: String,
+    },
     /// A file shorter than its header says.
     #[error("{}: file is truncated: {found} bytes, expected {expected}", path.display())]
     Truncated {

@@ -25,11 +25,14 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads `dir/generation_config.json`; a folder without one has no wishes.
+    /// Reads `dir/generation_config.json`, or the sampling keys of a GGUF file; a model without them has no wishes.
     ///
     /// # Errors
     /// Invalid JSON, or a value outside its range, with the field.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            return Self::read(&Fields::new(&file, &crate::gguf::generation_json(&file)?)?);
+        }
         let path = dir.join("generation_config.json");
         match read_json(&path, "it is optional") {
             Ok(value) => Self::read(&Fields::new(&path, &value)?),

@@ -6,6 +6,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod generation_config;
+mod gguf;
 mod import;
 mod layers;
 mod loader;

@@ -15,11 +15,15 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `dir/tokenizer.json`.
+    /// Reads `dir/tokenizer.json`, or the vocabulary of a GGUF file (see [`crate::Checkpoint::open`]).
     ///
     /// # Errors
     /// A missing file or one that the tokenizers library refuses, named.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            let json = crate::gguf::tokenizer_json(&file)?;
+            return Self::from_bytes(&file, json.to_string().as_bytes());
+        }
         let path = dir.join("tokenizer.json");
         if !path.exists() {
             return Err(ModelError::MissingFile { path, needed_for: "text cannot be turned into tokens without it" });

@@ -28,7 +28,7 @@ use crate::{bundled, usage};
 /// Arguments of `marlin bench`.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// Model folder [default: the bundled story model]
+    /// Model folder or GGUF file [default: the bundled story model]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Tokens of the prefill

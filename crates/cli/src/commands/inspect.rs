@@ -14,7 +14,7 @@ use crate::bundled;
 /// Arguments of `marlin inspect`.
 #[derive(Args)]
 pub struct InspectArgs {
-    /// Model folder
+    /// Model folder or GGUF file
     dir: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -96,7 +96,7 @@ fn inspect(model: &str, config: &ModelConfig, checkpoint: &Checkpoint) -> Result
     }
     let tensors = checkpoint.names().filter_map(|name| {
         let info = checkpoint.get(name)?;
-        Some(TensorLine { name: name.to_owned(), dtype: info.dtype.name(), shape: info.shape.to_vec() })
+        Some(TensorLine { name: name.to_owned(), dtype: info.encoding, shape: info.shape.to_vec() })
     });
     Ok(Inspection {
         model: model.to_owned(),
@@ -129,6 +129,10 @@ struct Stored {
 
 /// Finds a module's tensors: its own, or for a routed expert those of all experts, native or dense with fused gate and up.
 fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) -> Result<Stored> {
+    if let Some((name, bytes)) = checkpoint.gguf_encoding(&module.name, module.out_features, module.in_features) {
+        let quantized = !matches!(name, "F32" | "F16" | "BF16");
+        return Ok(Stored { format: name.to_lowercase(), bytes, quantized });
+    }
     let stack = module.name.split_once(".experts.").and_then(|(prefix, rest)| {
         let (_, projection) = rest.split_once('.')?;
         Some((format!("{prefix}.experts"), projection))

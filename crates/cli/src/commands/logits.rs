@@ -19,7 +19,7 @@ use crate::session::Session;
 /// Arguments of `marlin logits`.
 #[derive(Args)]
 pub struct LogitsArgs {
-    /// Model folder [default: the bundled story model]
+    /// Model folder or GGUF file [default: the bundled story model]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Token ids, separated by commas

@@ -18,7 +18,7 @@ use crate::session::Session;
 /// Arguments of `marlin perplexity`.
 #[derive(Args)]
 pub struct PerplexityArgs {
-    /// Model folder [default: the bundled story model]
+    /// Model folder or GGUF file [default: the bundled story model]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Folder of a model to compare with, such as the one before quantization: adds the mean KL divergence of the

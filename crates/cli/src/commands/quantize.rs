@@ -245,6 +245,9 @@ impl Input {
     /// Opens a dense model folder and checks that every tensor of its architecture is there, and no other.
     fn open(dir: &Path) -> Result<Self> {
         let dir = &bundled::model_dir(Some(dir))?;
+        if dir.is_file() {
+            bail!("{}: only model folders can be quantized", dir.display());
+        }
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
         let config_json: Value =

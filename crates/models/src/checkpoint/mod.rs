@@ -1,5 +1,6 @@
 //! Tensors of a Hugging Face folder, memory-mapped.
 
+mod gguf;
 mod header;
 mod weights;
 
@@ -29,6 +30,8 @@ pub struct TensorInfo<'a> {
     pub file: &'a Path,
     /// Bytes in the file.
     pub bytes: usize,
+    /// The dtype's name, or that of the blocks that a GGUF file stores: the dtype is U8 then, the shape counts weights.
+    pub encoding: &'static str,
 }
 
 /// A stored tensor and whether anything has read it.
@@ -40,16 +43,25 @@ struct Entry {
     start: usize,
     len: usize,
     used: AtomicBool,
+    /// What a GGUF file says beyond that.
+    gguf: Option<gguf::GgufTensor>,
 }
 
 impl Entry {
     fn info(&self) -> TensorInfo<'_> {
-        TensorInfo { dtype: self.dtype, shape: &self.shape, file: self.file.path(), bytes: self.len }
+        TensorInfo {
+            dtype: self.dtype,
+            shape: &self.shape,
+            file: self.file.path(),
+            bytes: self.len,
+            encoding: self.encoding(),
+        }
     }
 }
 
-/// The tensors of one model, mapped from `model.safetensors` or from the shards that `model.safetensors.index.json`
-/// names. Opening checks every header against its file; nothing is copied.
+/// The tensors of one model, mapped from `model.safetensors`, from the shards that `model.safetensors.index.json`
+/// names, or from a GGUF file, whose tensors get their Hugging Face names. Opening checks every header against its file;
+/// nothing is copied.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -58,7 +70,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the tensors of a model folder. As in transformers, `model.safetensors` wins over an index.
+    /// Opens the tensors of a model folder, or of a GGUF file: the one that is named, or the only one of a folder
+    /// without safetensors. As in transformers, `model.safetensors` wins over an index.
     ///
     /// # Errors
     /// Neither file present, a shard missing, outside the folder or without a tensor the index promises, a tensor in
@@ -67,7 +80,9 @@ impl Checkpoint {
         let single = dir.join("model.safetensors");
         let index = dir.join("model.safetensors.index.json");
         let mut checkpoint = Self { path: dir.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default() };
-        if single.exists() {
+        if let Some(file) = crate::gguf::find(dir)? {
+            checkpoint.add_gguf(&file)?;
+        } else if single.exists() {
             checkpoint.add_file(&single)?;
         } else if index.exists() {
             checkpoint.add_shards(dir, &index)?;
@@ -142,6 +157,7 @@ impl Checkpoint {
                 start: entry.start,
                 len: entry.len,
                 used: AtomicBool::new(false),
+                gguf: None,
             };
             self.tensors.insert(entry.name, stored);
         }
@@ -189,13 +205,17 @@ impl Checkpoint {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
 
-    /// A view of a stored tensor; marks it used. Nothing is copied and the values are not looked at.
+    /// A view of a stored tensor; marks it used. Nothing is copied (but rows that a GGUF file keeps in another order)
+    /// and the values are not looked at. Blocks of a GGUF file come as rows of bytes.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`], or [`ModelError::Tensor`] for a rank above 4.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let entry = self.entry(name)?;
-        self.view(name, entry, &entry.shape, 0)
+        match &entry.gguf {
+            Some(tensor) => self.view(name, entry, &tensor.byte_dims(entry), 0),
+            None => self.view(name, entry, &entry.shape, 0),
+        }
     }
 
     /// Lets the system drop the pages of a tensor that has been repacked, so that they stop counting as resident.
@@ -257,8 +277,18 @@ impl Checkpoint {
     /// A view of `dims` elements from `offset` bytes into the tensor; marks it used.
     fn view(&self, name: &str, entry: &Entry, dims: &[usize], offset: usize) -> Result<HostTensor> {
         entry.used.store(true, Ordering::Relaxed);
+        if let Some(reordered) = entry.gguf.as_ref().and_then(|tensor| tensor.reordered(entry, dims)) {
+            return reordered;
+        }
         let bytes = Arc::clone(&entry.file);
         HostTensor::new(entry.dtype, dims, bytes, entry.start + offset)
             .map_err(ModelError::tensor(entry.file.path(), name))
+    }
+}
+
+impl Entry {
+    /// The name of the dtype or block type.
+    fn encoding(&self) -> &'static str {
+        self.gguf.as_ref().map_or(self.dtype.name(), |tensor| tensor.kind.name())
     }
 }

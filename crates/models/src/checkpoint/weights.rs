@@ -69,7 +69,9 @@ impl Checkpoint {
         bias: bool,
     ) -> Result<Weight> {
         let codes = format!("{module}.mm.q");
-        let weight = if self.contains(&codes) {
+        let weight = if let Some(weight) = self.gguf_weight(module, out_features, in_features)? {
+            weight
+        } else if self.contains(&codes) {
             let scheme = quantization.scheme(module, out_features, in_features)?;
             self.quantized(module, scheme, out_features, in_features, Part::Whole)?
         } else if let Some(weight) = quantization.import(self, module, out_features, in_features)? {
@@ -293,20 +295,30 @@ impl Checkpoint {
         })
     }
 
+    fn not_float(&self, name: &str, entry: &Entry) -> ModelError {
+        ModelError::TensorDType {
+            path: entry.file.path().to_owned(),
+            tensor: name.to_owned(),
+            found: entry.encoding().to_owned(),
+            expected: FLOAT,
+        }
+    }
+
     fn finite_view(&self, name: &str, entry: &Entry, shape: &[usize], offset: usize) -> Result<HostTensor> {
+        if entry.encoding() != entry.dtype.name() {
+            return Err(self.not_float(name, entry));
+        }
         let tensor = self.view(name, entry, shape, offset)?;
+        self.finite(name, entry, tensor)
+    }
+
+    /// `tensor`, after a look at all its values.
+    pub(super) fn finite(&self, name: &str, entry: &Entry, tensor: HostTensor) -> Result<HostTensor> {
         let non_finite = match entry.dtype {
             DType::F32 => first_non_finite(tensor.bytes(), f32::from_le_bytes),
             DType::F16 => first_non_finite(tensor.bytes(), |b| half::f16::from_le_bytes(b).to_f32()),
             DType::BF16 => first_non_finite(tensor.bytes(), |b| half::bf16::from_le_bytes(b).to_f32()),
-            other => {
-                return Err(ModelError::TensorDType {
-                    path: entry.file.path().to_owned(),
-                    tensor: name.to_owned(),
-                    found: other.name().to_owned(),
-                    expected: FLOAT,
-                });
-            }
+            _ => return Err(self.not_float(name, entry)),
         };
         match non_finite {
             None => Ok(tensor),

@@ -183,12 +183,15 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `dir/config.json`.
+    /// Reads `dir/config.json`, or the metadata of a GGUF file (see [`crate::Checkpoint::open`]).
     ///
     /// # Errors
     /// A missing or invalid file, an unknown `model_type` or activation, a missing, non-positive, non-integer or
     /// absurd dimension, dimensions that contradict each other: each names the file and the field.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            return Self::from_value(&file, &crate::gguf::config_json(&file)?);
+        }
         let path = dir.join("config.json");
         let value = read_json(&path, "every model folder has one")?;
         Self::from_value(&path, &value)
