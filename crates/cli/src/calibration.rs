@@ -4,10 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use marlin_formats::QuantizedMatrix;
 use marlin_models::{ActivationObserver, CalibrationModel, Checkpoint, ModelConfig, ModelError, Tokenizer};
-use marlin_ops::{Backend, Weight};
-use marlin_quantize::{ActivationSink, Calibration, Module, QuantizeError, SourceError};
+use marlin_ops::{Backend, HostTensor, Weight};
+use marlin_quantize::{ActivationSink, Calibration, Module, QuantizeError, QuantizedWeight, Replacement, SourceError};
 
 type SourceResult<T> = std::result::Result<T, SourceError>;
 
@@ -53,8 +52,16 @@ impl<B: Backend> Calibration for ModelCalibration<'_, B> {
         Observer::run(sink, |observer| self.model.observe(observer))
     }
 
-    fn replace(&mut self, module: &Module, matrix: QuantizedMatrix) -> SourceResult<()> {
-        let mut weight = Weight::quantized(matrix)?;
+    fn replace(&mut self, module: &Module, weight: Replacement) -> SourceResult<()> {
+        let dims = [module.out_features, module.in_features];
+        let mut weight = match weight {
+            Replacement::Quantized(QuantizedWeight::Grouped(matrix)) => Weight::quantized(matrix)?,
+            // All calibration tokens pass at once: decoding once is faster than at each product.
+            Replacement::Quantized(weight @ QuantizedWeight::Exl3(_)) => {
+                Weight::dense(HostTensor::from_f32(&dims, &weight.decode()?)?)?
+            }
+            Replacement::Dense(values) => Weight::dense(HostTensor::from_f32(&dims, &values)?)?,
+        };
         let bias = format!("{}.bias", module.name);
         if self.checkpoint.contains(&bias) {
             weight = weight.with_bias(self.checkpoint.vector(&bias, module.out_features)?)?;

@@ -85,6 +85,17 @@ impl Writer {
         Self::with_files(out, Box::new(open), SHARD_BYTES)
     }
 
+    /// The same with the folder `partial`, which must not exist, in place of the sibling until then; both on one file
+    /// system.
+    ///
+    /// # Errors
+    /// As [`Writer::create`].
+    pub fn create_in(out: &Path, partial: &Path) -> Result<Self> {
+        let open = |path: &Path| -> io::Result<Box<dyn OutputFile>> { Ok(Box::new(File::create_new(path)?)) };
+        refuse_existing(out)?;
+        Self::in_folder(out, partial.to_owned(), Box::new(open), SHARD_BYTES)
+    }
+
     fn with_files(out: &Path, open: OpenFile, shard_bytes: u64) -> Result<Self> {
         refuse_existing(out)?;
         let Some(name) = out.file_name() else {
@@ -92,7 +103,10 @@ impl Writer {
         };
         let mut partial_name = name.to_owned();
         partial_name.push(format!(".partial-{}", std::process::id()));
-        let partial = out.with_file_name(partial_name);
+        Self::in_folder(out, out.with_file_name(partial_name), open, shard_bytes)
+    }
+
+    fn in_folder(out: &Path, partial: PathBuf, open: OpenFile, shard_bytes: u64) -> Result<Self> {
         fs::create_dir(&partial).map_err(ModelError::io(out))?;
         Ok(Self {
             out: out.to_owned(),
@@ -177,6 +191,9 @@ impl Writer {
     /// # Errors
     /// An I/O error with the file.
     pub fn copy_assets(&mut self, from: &Path) -> Result<()> {
+        if let Some(file) = crate::gguf::find(from)? {
+            return self.gguf_assets(&file);
+        }
         self.guard(|writer| {
             for asset in ASSETS {
                 let source = from.join(asset);
@@ -187,6 +204,19 @@ impl Writer {
             }
             Ok(())
         })
+    }
+
+    /// What a GGUF file holds beside its weights, in the files of a folder.
+    fn gguf_assets(&mut self, file: &Path) -> Result<()> {
+        let mut files = vec![
+            ("tokenizer.json", crate::gguf::tokenizer_json(file)?.to_string()),
+            ("generation_config.json", crate::gguf::generation_json(file)?.to_string()),
+        ];
+        if let Some((template, tokens)) = crate::gguf::chat_template(file)? {
+            files.push(("chat_template.jinja", template));
+            files.push(("tokenizer_config.json", Value::Object(tokens).to_string()));
+        }
+        files.into_iter().try_for_each(|(name, contents)| self.file(name, contents.as_bytes()))
     }
 
     /// Writes a further file of the folder.

@@ -112,6 +112,14 @@ pub enum QuantizeError {
         /// What is wrong.
         reason: String,
     },
+    /// A stored part that is not one of this job.
+    #[error("stored part {index} does not belong to this job: {reason}")]
+    StoredPart {
+        /// Index of the part.
+        index: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// Reading the model or writing the result failed.
     #[error(transparent)]
     Source(Box<dyn std::error::Error + Send + Sync>),

@@ -96,6 +96,15 @@ impl Hessian {
         }
     }
 
+    /// Both triangles, `[K, K]` row-major.
+    pub(crate) fn symmetric(&self) -> Vec<f32> {
+        let k = self.features;
+        let mut whole = vec![0.0; k * k];
+        let rows = whole.par_chunks_exact_mut(k).enumerate();
+        rows.for_each(|(i, row)| row.iter_mut().enumerate().for_each(|(j, h)| *h = self.at(i, j) as f32));
+        whole
+    }
+
     /// The diagonal, `E[x_k^2]`. A channel whose value is 0 never carried a signal.
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.features).map(|k| self.at(k, k)).collect()

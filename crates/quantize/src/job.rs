@@ -1,36 +1,58 @@
-//! Quantizing a whole model, module by module, or layer by layer with calibration.
+//! Quantizing a whole model part by part: its decoder layers, then what lies outside them.
 //!
 //! With calibration, the inputs of each layer are those that the already quantized layers before
 //! it produce. Only one layer's Hessians are held at a time; modules that read the same input share
-//! one.
+//! one. Every finished part goes to a [`PartStore`] at once; a job that finds parts there takes
+//! them as they are and ends with the same result as one that was never interrupted.
 
+mod awq;
 mod collector;
+mod measure;
+mod run;
 
-use marlin_formats::{QuantizedMatrix, Scheme};
+use crate::exl3::Exl3Options;
+use crate::fold::Fold;
+use crate::part::{Notes, Part, QuantizedWeight};
+use crate::plan::{Assignment, Module};
+use crate::{AwqOptions, GptqOptions, Result, ScaleSearch};
 
-use crate::plan::{Assignment, Module, Role};
-use crate::{GptqOptions, InverseFactor, QuantizeError, Result, ScaleSearch, rtn};
-use collector::Collector;
+pub use measure::{After, Measured, Mixture, measure_model};
+pub use run::quantize_model;
 
-/// What a source or sink may fail with.
+/// What a source, a calibration or a store may fail with.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Where dense weights come from.
-pub trait ModelSource {
+/// Where dense weights come from; read from several threads at once.
+pub trait ModelSource: Sync {
     /// The dense weight of a module, `[out_features, in_features]` row-major.
     ///
     /// # Errors
     /// Whatever reading raises ends the job.
-    fn weight(&mut self, module: &Module) -> std::result::Result<Vec<f32>, SourceError>;
+    fn weight(&self, module: &Module) -> std::result::Result<Vec<f32>, SourceError>;
+
+    /// A vector by its full tensor name: the weight of a norm, a bias. Only AWQ reads them.
+    ///
+    /// # Errors
+    /// Whatever reading raises ends the job.
+    fn vector(&self, tensor: &str, len: usize) -> std::result::Result<Vec<f32>, SourceError>;
 }
 
-/// Where quantized weights go.
-pub trait ModelSink {
-    /// Stores a quantized module. Each is written once, in the order of quantization.
+/// Where finished parts are kept, numbered from 0 without gaps in the order of quantization.
+pub trait PartStore {
+    /// Whether part `index` was stored before.
+    fn contains(&self, index: usize) -> bool;
+
+    /// A stored part.
+    ///
+    /// # Errors
+    /// Whatever reading raises ends the job.
+    fn load(&mut self, index: usize) -> std::result::Result<Part, SourceError>;
+
+    /// Stores a part for good: once this returns, no interruption loses it.
     ///
     /// # Errors
     /// Whatever writing raises ends the job.
-    fn write(&mut self, module: &Module, matrix: &QuantizedMatrix) -> std::result::Result<(), SourceError>;
+    fn store(&mut self, index: usize, part: &Part) -> std::result::Result<(), SourceError>;
 }
 
 /// Receives the inputs of linear layers.
@@ -40,6 +62,16 @@ pub trait ActivationSink {
     /// # Errors
     /// Non-finite values, or columns that differ from the module's in_features.
     fn activations(&mut self, module: &str, rows: usize, columns: usize, values: &[f32]) -> Result<()>;
+}
+
+/// The weight that a module of the current layer has from now on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Replacement {
+    /// The quantized weight itself.
+    Quantized(QuantizedWeight),
+    /// Its effect between unchanged neighbours, `[out_features, in_features]` row-major: its
+    /// neighbours' channel scales are folded in.
+    Dense(Vec<f32>),
 }
 
 /// A model that runs calibration text one decoder layer at a time.
@@ -65,7 +97,7 @@ pub trait Calibration {
     ///
     /// # Errors
     /// Whatever replacing raises ends the job.
-    fn replace(&mut self, module: &Module, matrix: QuantizedMatrix) -> std::result::Result<(), SourceError>;
+    fn replace(&mut self, module: &Module, weight: Replacement) -> std::result::Result<(), SourceError>;
 
     /// Moves past the current layer with the weights it has now.
     ///
@@ -88,6 +120,13 @@ pub enum Method {
     /// GPTQ for the decoder's linear layers and `lm_head`. Embeddings and routers, and experts that
     /// no calibration row reached, are rounded to nearest with the same scale search.
     Gptq(GptqOptions),
+    /// AWQ for the decoder's linear layers, with channel scales where [`Settings::folds`] permits
+    /// them. Other modules, and experts that no calibration row reached, are rounded to nearest.
+    Awq(AwqOptions),
+    /// EXL3; codebook and bits are those of each module's target. Modules outside the decoder's
+    /// linear layers and `lm_head`, and experts that no calibration row reached, are quantized
+    /// without a Hessian.
+    Exl3(Exl3Options),
 }
 
 /// What happens, as it happens; for progress displays.
@@ -100,28 +139,33 @@ pub enum Event<'a> {
         /// Decoder layers.
         layers: usize,
     },
-    /// A module was written.
+    /// A module was quantized.
     Quantized {
         /// The module.
         module: &'a Module,
+    },
+    /// A stored part was taken over.
+    Restored {
+        /// Its weights.
+        weights: u64,
     },
 }
 
 /// What a job did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
+    /// Parts in the store.
+    pub parts: usize,
+    /// Those of them that an earlier run left there.
+    pub restored: usize,
     /// Quantized modules.
     pub modules: usize,
     /// Their weights.
     pub weights: u64,
     /// Their stored bits, scales and padding included.
     pub bits: f64,
-    /// Modules meant for GPTQ but rounded to nearest, because no calibration row reached them.
-    pub without_rows: Vec<String>,
-    /// Modules calibrated on fewer than K/8 rows, with their rows.
-    pub few_rows: Vec<(String, u64)>,
-    /// Modules whose Hessian needed more damping than asked for, with the damping used.
-    pub damped: Vec<(String, f64)>,
+    /// For the user.
+    pub notes: Notes,
 }
 
 impl Summary {
@@ -137,174 +181,11 @@ impl Summary {
 /// Everything a job is told but for the model.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings<'a> {
-    /// What happens to each module; those without a scheme are left alone.
+    /// What happens to each module; those without a target are left alone.
     pub assignments: &'a [Assignment],
     /// How weights become codes.
     pub method: Method,
-}
-
-/// Quantizes every module that has a scheme.
-///
-/// [`Method::Rtn`] streams the modules in order and needs no calibration; one that is given is not
-/// run.
-///
-/// # Errors
-/// [`QuantizeError::NoCalibrationRows`] for GPTQ without calibration; [`QuantizeError::Module`]
-/// around whatever a quantizer refuses; [`QuantizeError::Source`] for source, sink and calibration.
-pub fn quantize_model(
-    settings: Settings<'_>,
-    source: &mut dyn ModelSource,
-    calibration: Option<&mut dyn Calibration>,
-    sink: &mut dyn ModelSink,
-    progress: &mut dyn FnMut(Event<'_>),
-) -> Result<Summary> {
-    let mut job = Job { source, sink, progress, summary: Summary::default() };
-    let modules: Vec<(&Module, Scheme)> =
-        settings.assignments.iter().filter_map(|assignment| Some((&assignment.module, assignment.scheme?))).collect();
-    match settings.method {
-        Method::Rtn(search) => {
-            for (module, scheme) in modules {
-                job.round(module, scheme, search)?;
-            }
-        }
-        Method::Gptq(options) => {
-            options.validate()?;
-            let calibration = calibration.ok_or(QuantizeError::NoCalibrationRows)?;
-            job.calibrated(&modules, &options, calibration)?;
-        }
-    }
-    Ok(job.summary)
-}
-
-/// A job under way.
-struct Job<'a> {
-    source: &'a mut dyn ModelSource,
-    sink: &'a mut dyn ModelSink,
-    progress: &'a mut dyn FnMut(Event<'_>),
-    summary: Summary,
-}
-
-impl Job<'_> {
-    /// Layer by layer, then `lm_head`, then what is not calibrated: embeddings, routers, others.
-    fn calibrated(
-        &mut self,
-        modules: &[(&Module, Scheme)],
-        options: &GptqOptions,
-        calibration: &mut dyn Calibration,
-    ) -> Result<()> {
-        let layers = calibration.num_layers();
-        for layer in 0..layers {
-            (self.progress)(Event::Calibrating { layer, layers });
-            let of_layer: Vec<_> = modules
-                .iter()
-                .filter(|(module, _)| module.role == Role::Linear && module.layer == Some(layer))
-                .copied()
-                .collect();
-            calibration.load_layer(layer).map_err(QuantizeError::Source)?;
-            let mut collector = Collector::new(&of_layer);
-            if !of_layer.is_empty() {
-                calibration.observe(&mut collector).map_err(QuantizeError::Source)?;
-            }
-            self.eliminate(&of_layer, collector, options, &mut |module, matrix| calibration.replace(module, matrix))?;
-            calibration.advance().map_err(QuantizeError::Source)?;
-        }
-        let (head, rest): (Vec<_>, Vec<_>) = modules
-            .iter()
-            .filter(|(module, _)| module.role != Role::Linear)
-            .partition(|(module, _)| module.role == Role::LmHead);
-        if !head.is_empty() {
-            let mut collector = Collector::new(&head);
-            calibration.observe_head(&mut collector).map_err(QuantizeError::Source)?;
-            self.eliminate(&head, collector, options, &mut |_, _| Ok(()))?;
-        }
-        for (module, scheme) in rest {
-            self.round(module, scheme, options.scale_search)?;
-        }
-        Ok(())
-    }
-
-    /// GPTQ for modules whose Hessians were collected, one factor for those that share a Hessian.
-    fn eliminate(
-        &mut self,
-        modules: &[(&Module, Scheme)],
-        collector: Collector,
-        options: &GptqOptions,
-        replace: &mut dyn FnMut(&Module, QuantizedMatrix) -> std::result::Result<(), SourceError>,
-    ) -> Result<()> {
-        for (hessian, names) in collector.into_groups() {
-            let members = modules.iter().filter(|(module, _)| names.contains(&module.name));
-            let mut factor = None;
-            for &(module, scheme) in members {
-                let matrix = match &hessian {
-                    None => {
-                        self.summary.without_rows.push(module.name.clone());
-                        self.round(module, scheme, options.scale_search)?
-                    }
-                    Some(hessian) => {
-                        let factor = match &factor {
-                            Some(factor) => factor,
-                            None => {
-                                let made = InverseFactor::new(hessian, options);
-                                &*factor.insert(made.map_err(|error| of(module, error))?)
-                            }
-                        };
-                        if hessian.rows() < (module.in_features / 8) as u64 {
-                            let few = (module.name.clone(), hessian.rows());
-                            self.summary.few_rows.push(few);
-                        }
-                        self.eliminate_one(module, scheme, factor, options)?
-                    }
-                };
-                replace(module, matrix).map_err(QuantizeError::Source)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn eliminate_one(
-        &mut self,
-        module: &Module,
-        scheme: Scheme,
-        factor: &InverseFactor,
-        options: &GptqOptions,
-    ) -> Result<QuantizedMatrix> {
-        if factor.damping() > options.damping {
-            self.summary.damped.push((module.name.clone(), factor.damping()));
-        }
-        let weight = self.source.weight(module).map_err(QuantizeError::Source)?;
-        let found = factor
-            .quantize(scheme, &weight, module.out_features, module.in_features)
-            .map_err(|error| of(module, error))?;
-        self.finish(module, &found.matrix)?;
-        Ok(found.matrix)
-    }
-
-    fn round(&mut self, module: &Module, scheme: Scheme, search: ScaleSearch) -> Result<QuantizedMatrix> {
-        let weight = self.source.weight(module).map_err(QuantizeError::Source)?;
-        let (n, k) = (module.out_features, module.in_features);
-        let matrix = rtn(scheme, &weight, n, k, search).map_err(|error| of(module, error))?;
-        self.finish(module, &matrix)?;
-        Ok(matrix)
-    }
-
-    fn finish(&mut self, module: &Module, matrix: &QuantizedMatrix) -> Result<()> {
-        self.sink.write(module, matrix).map_err(QuantizeError::Source)?;
-        let (n, k) = (module.out_features, module.in_features);
-        let weights = module.weights() as u64;
-        self.summary.modules += 1;
-        self.summary.weights += weights;
-        self.summary.bits += matrix.scheme.bits_per_weight(k, n) * weights as f64;
-        (self.progress)(Event::Quantized { module });
-        Ok(())
-    }
-}
-
-/// Adds the module to an error.
-fn of(module: &Module, source: QuantizeError) -> QuantizeError {
-    QuantizeError::Module {
-        module: module.name.clone(),
-        out_features: module.out_features,
-        in_features: module.in_features,
-        source: Box::new(source),
-    }
+    /// Where [`Method::Awq`] may fold channel scales; a module reads one fold at most, and precedes
+    /// one at most.
+    pub folds: &'a [Fold],
 }

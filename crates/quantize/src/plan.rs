@@ -8,6 +8,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{Format, FormatError, Scheme};
 
 use crate::{QuantizeError, Result};
@@ -181,13 +182,67 @@ pub struct Plan {
     pub overrides: Vec<Override>,
 }
 
+/// What a module is quantized to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A format whose weights share scales by groups along K.
+    Grouped(Scheme),
+    /// EXL3 at a whole number of bits.
+    Exl3 {
+        /// State to value.
+        codebook: Codebook,
+        /// Bits a weight, 1 to 8.
+        bits: u32,
+    },
+}
+
+impl Target {
+    /// Bits of one weight's code, scales and padding not counted.
+    pub const fn code_bits(&self) -> u32 {
+        match self {
+            Self::Grouped(scheme) => scheme.format.code_bits(),
+            Self::Exl3 { bits, .. } => *bits,
+        }
+    }
+
+    /// The scheme, if it is a grouped format.
+    pub const fn scheme(&self) -> Option<Scheme> {
+        match self {
+            Self::Grouped(scheme) => Some(*scheme),
+            Self::Exl3 { .. } => None,
+        }
+    }
+}
+
+impl From<Scheme> for Target {
+    fn from(scheme: Scheme) -> Self {
+        Self::Grouped(scheme)
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Grouped(scheme) => write!(f, "{}:{}", scheme.format, scheme.group_size),
+            Self::Exl3 { codebook, bits } => write!(f, "exl3 {} {bits} bits", codebook.name()),
+        }
+    }
+}
+
 /// What happens to one module.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     /// The module.
     pub module: Module,
-    /// The scheme it is quantized to, or `None`: it stays as stored.
-    pub scheme: Option<Scheme>,
+    /// What it is quantized to, or `None`: it stays as stored.
+    pub target: Option<Target>,
+}
+
+impl Assignment {
+    /// The scheme it is quantized to, `None` for EXL3 and for a module that stays as stored.
+    pub fn scheme(&self) -> Option<Scheme> {
+        self.target.and_then(|target| target.scheme())
+    }
 }
 
 impl Plan {
@@ -203,7 +258,8 @@ impl Plan {
     /// or `lm_head` in a model that ties it to the embeddings.
     pub fn resolve(&self, modules: &[Module]) -> Result<Vec<Assignment>> {
         self.check_matches(modules)?;
-        let assign = |module: &Module| Assignment { module: module.clone(), scheme: self.scheme(module) };
+        let assign =
+            |module: &Module| Assignment { module: module.clone(), target: self.scheme(module).map(Target::from) };
         Ok(modules.iter().map(assign).collect())
     }
 

@@ -20,6 +20,19 @@ pub fn rtn(
     in_features: usize,
     search: ScaleSearch,
 ) -> Result<QuantizedMatrix> {
+    rtn_weighted(scheme, weight, out_features, in_features, None, search)
+}
+
+/// [`rtn`] with an importance of each input feature, which weights the squared errors of
+/// [`ScaleSearch::Mse`].
+pub(crate) fn rtn_weighted(
+    scheme: Scheme,
+    weight: &[f32],
+    out_features: usize,
+    in_features: usize,
+    importance: Option<&[f32]>,
+    search: ScaleSearch,
+) -> Result<QuantizedMatrix> {
     check_weight(scheme, weight, out_features, in_features)?;
     let tensor_scale = scheme.tensor_scale(largest_magnitude(weight));
     let groups_per_row = scheme.groups(in_features);
@@ -31,24 +44,35 @@ pub fn rtn(
         .zip(groups.par_chunks_exact_mut(groups_per_row))
         .enumerate()
         .try_for_each(|(n, ((row, codes), groups))| {
-            quantize_row(scheme, row, n, tensor_scale, search, codes, groups)
+            let row = Row { n, weights: row, importance };
+            quantize_row(scheme, row, tensor_scale, search, codes, groups)
         })?;
     Ok(QuantizedMatrix::from_codes(scheme, in_features, out_features, &codes, &groups, tensor_scale)?)
 }
 
-/// Codes and groups of output feature `n`.
+/// Output feature `n`.
+struct Row<'a> {
+    n: usize,
+    /// `[K]`.
+    weights: &'a [f32],
+    /// `[K]`.
+    importance: Option<&'a [f32]>,
+}
+
+/// Codes and groups of an output feature.
 fn quantize_row(
     scheme: Scheme,
-    row: &[f32],
-    n: usize,
+    row: Row<'_>,
     tensor_scale: Option<f32>,
     search: ScaleSearch,
     codes: &mut [u8],
     groups: &mut [Group],
 ) -> Result<()> {
-    let chunks = row.chunks(scheme.group_size).zip(codes.chunks_mut(scheme.group_size));
+    let chunks = row.weights.chunks(scheme.group_size).zip(codes.chunks_mut(scheme.group_size));
     for (g, ((weights, codes), group)) in chunks.zip(groups).enumerate() {
-        *group = fit_group(scheme, weights, None, tensor_scale, search).map_err(|error| in_group(error, n, g))?;
+        let importance = row.importance.map(|importance| &importance[g * scheme.group_size..][..weights.len()]);
+        *group =
+            fit_group(scheme, weights, importance, tensor_scale, search).map_err(|error| in_group(error, row.n, g))?;
         for (code, &w) in codes.iter_mut().zip(weights) {
             *code = scheme.code(w, group);
         }

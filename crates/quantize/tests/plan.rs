@@ -32,7 +32,7 @@ fn chosen(plan: &Plan) -> Vec<String> {
         Some(scheme) => format!("{}:{}", scheme.format, scheme.group_size),
         None => "-".to_owned(),
     };
-    assignments.iter().map(|a| name(a.scheme)).collect()
+    assignments.iter().map(|a| name(a.scheme())).collect()
 }
 
 #[test]

@@ -67,9 +67,7 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         (_, Some(_)) => bail!("--group needs a weight format: --to int4, for example"),
     };
     let dir = bundled::model_dir(Some(&args.input))?;
-    let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-    let json: Value = serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
+    let (path, json) = ModelConfig::json(&dir)?;
     let config = ModelConfig::from_value(&path, &json)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let mut conversion = Conversion {
@@ -182,6 +180,12 @@ impl Conversion<'_> {
             WeightData::Quantized(matrix) => {
                 self.schemes.insert(name.to_owned(), matrix.scheme);
                 self.writer.matrix(name, matrix)?;
+            }
+            WeightData::Exl3(_) => {
+                bail!(
+                    "{name}: is EXL3, which a native folder does not hold: use {} itself, or --to bf16, int4, ...",
+                    self.checkpoint.path().display()
+                )
             }
             WeightData::Dense(values) => {
                 self.plain.push(name.to_owned());

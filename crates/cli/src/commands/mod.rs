@@ -26,3 +26,12 @@ pub fn progress_bar(length: u64, unit: &str) -> ProgressBar {
         Err(_) => bar,
     }
 }
+
+/// The same for a number of weights.
+pub fn weights_bar(weights: u64) -> ProgressBar {
+    let bar = ProgressBar::new(weights);
+    match ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} weights, {eta} left {msg}") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

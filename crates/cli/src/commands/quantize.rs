@@ -1,25 +1,37 @@
 //! `marlin quantize`: a quantized copy of a model folder.
+//!
+//! Finished parts wait in `OUT.partial`; a run that is killed is taken up there by the next one with the same arguments.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod choice;
+mod folds;
+mod input;
+mod job;
+mod output;
+mod recipe;
+mod report;
+
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
-use marlin_formats::{DType, Format, QuantizedMatrix, Scheme};
-use marlin_models::{Checkpoint, ModelConfig, QuantizationConfig, Tokenizer, WriteSummary, Writer};
-use marlin_ops::HostTensor;
+use marlin_formats::exl3::Codebook;
+use marlin_formats::{Format, Scheme};
+use marlin_models::{ModelError, Tokenizer};
+use marlin_ops::Device;
+use marlin_quantize::exl3::Exl3Options;
 use marlin_quantize::{
-    Assignment, Calibration, Event, GptqOptions, Method, ModelSink, ModelSource, Module, Override, Pattern, Plan,
-    ScaleSearch, Settings, SourceError, Summary, parse_scheme, quantize_model,
+    Assignment, AwqOptions, Calibration, Fingerprint, GptqOptions, Method, Override, Pattern, Plan, ScaleSearch,
+    Staging, StagingError, parse_scheme,
 };
-use serde_json::Value;
 
 use crate::args::{DeviceArgs, DeviceKind, format_names};
-use crate::bundled;
 use crate::calibration::{ModelCalibration, read_sequences};
 use crate::device::{self, with_device};
+use choice::{Choice, FormatChoice, format_choice};
+use input::Input;
+use job::{Job, leave};
+use recipe::{Exl3Recipe, Recipe};
 
 #[cfg(test)]
 mod tests;
@@ -34,15 +46,16 @@ pub struct QuantizeArgs {
     #[arg(value_name = "OUT")]
     output: PathBuf,
     #[arg(long, value_name = "F", value_parser = format_choice)]
-    #[arg(help = format!("Weight format: {}; or int, nf or fp with --bits", format_names(&Format::ENCODABLE)))]
+    #[arg(help = format!("Weight format: {}; or int, nf, fp or exl3 with --bits", format_names(&Format::ENCODABLE)))]
     format: FormatChoice,
-    /// Bits of one weight, to choose among the int, nf or fp formats
-    #[arg(long, value_name = "B")]
-    bits: Option<u32>,
+    /// Bits of one weight, to choose among the int, nf or fp formats, a fraction for a mixture by measured sensitivity;
+    /// for exl3 their average, from 1 to 8
+    #[arg(long, value_name = "B", value_parser = choice::bits, allow_negative_numbers = true)]
+    bits: Option<f64>,
     /// Weights along K that share a scale [default: the format's own, mostly 128]
     #[arg(long, value_name = "G", value_parser = crate::args::at_least_one, allow_negative_numbers = true)]
     group: Option<usize>,
-    /// How weights become codes [default: gptq with --calibration, else rtn]
+    /// How weights become codes; exl3 has its own [default: gptq with --calibration, else rtn]
     #[arg(long, value_enum)]
     method: Option<MethodName>,
     /// UTF-8 text to calibrate on
@@ -57,8 +70,8 @@ pub struct QuantizeArgs {
     /// Eliminate along K instead of by descending activation size
     #[arg(long, requires = "calibration")]
     no_act_order: bool,
-    /// Part of the Hessian's mean diagonal that is added to it [default: 0.01]
-    #[arg(long, value_name = "D", requires = "calibration", value_parser = damping)]
+    /// Part of the Hessian's mean diagonal that is added to it [default: 0.01, exl3 0.025]
+    #[arg(long, value_name = "D", requires = "calibration", value_parser = choice::damping)]
     damping: Option<f64>,
     /// How group scales are chosen [default: mse for gptq, range for rtn]
     #[arg(long, value_enum, value_name = "S")]
@@ -76,6 +89,21 @@ pub struct QuantizeArgs {
     /// routers, embeddings and lm_head
     #[arg(long = "override", value_name = "PATTERN=F")]
     overrides: Vec<Override>,
+    /// EXL3: bits of lm_head, 16 for as stored [default: 6]
+    #[arg(long, value_name = "B", value_parser = choice::head_bits)]
+    head_bits: Option<u32>,
+    /// EXL3: how states become values: mcg, mul1 or 3inst [default: mcg]
+    #[arg(long, value_name = "C", value_parser = choice::codebook)]
+    codebook: Option<Codebook>,
+    /// EXL3: seed of the random signs [default: 0]
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Show which format each part of a mixture got
+    #[arg(long)]
+    verbose: bool,
+    /// Discard what an interrupted run has finished instead of going on from there
+    #[arg(long)]
+    restart: bool,
     /// Device that runs the calibration
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceKind,
@@ -88,6 +116,8 @@ enum MethodName {
     Rtn,
     /// Sequential elimination against calibration activations
     Gptq,
+    /// Channel scales against the size of the calibration activations, folded into the operations before
+    Awq,
 }
 
 /// `--scale-search`.
@@ -108,101 +138,139 @@ impl From<SearchName> for ScaleSearch {
     }
 }
 
-/// `--format`: a format, or a family that `--bits` chooses from.
-#[derive(Clone, Debug)]
-enum FormatChoice {
-    Format(Format),
-    Family { name: String, members: &'static [Format] },
-}
-
-/// The formats that `--bits` chooses from, by family.
-const FAMILIES: [(&str, &[Format]); 3] = [
-    ("int", &[Format::Int2, Format::Int3, Format::Int4S4, Format::Int8]),
-    ("nf", &[Format::Nf2, Format::Nf3, Format::Nf4]),
-    ("fp", &[Format::Fp4E2m1, Format::Fp8E4m3]),
-];
-
-fn format_choice(text: &str) -> Result<FormatChoice, String> {
-    if let Some((name, members)) = FAMILIES.iter().find(|(name, _)| *name == text) {
-        return Ok(FormatChoice::Family { name: (*name).to_owned(), members });
-    }
-    text.parse().map(FormatChoice::Format).map_err(|error| format!("{error}; or int, nf, fp with --bits"))
-}
-
-fn damping(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
-        _ => Err("must be in [0, 1]".into()),
-    }
-}
-
-impl FormatChoice {
-    /// The one format that the choice and `--bits` agree on.
-    fn resolve(&self, bits: Option<u32>) -> Result<Format> {
-        match (self, bits) {
-            (Self::Format(format), None) => Ok(*format),
-            (Self::Format(format), Some(bits)) if format.code_bits() == bits => Ok(*format),
-            (Self::Format(format), Some(bits)) => {
-                bail!("--format {format} has {} bits, not --bits {bits}", format.code_bits())
-            }
-            (Self::Family { name, members }, bits) => {
-                let found = members.iter().find(|format| Some(format.code_bits()) == bits);
-                found.copied().ok_or_else(|| {
-                    let valid: Vec<String> = members.iter().map(|format| format.code_bits().to_string()).collect();
-                    anyhow!("--format {name} needs --bits, one of {}", valid.join(", "))
-                })
-            }
-        }
-    }
-}
-
 /// Quantizes IN to OUT.
 pub fn run(args: QuantizeArgs) -> Result<()> {
     let start = Instant::now();
-    let plan = args.plan()?;
-    let method = args.method()?;
+    let mut recipe = args.recipe()?;
+    let method = args.method(&recipe)?;
     let device = device::open(&DeviceArgs { device: args.device, device_index: None, exact: true, threads: None })?;
-    let input = Input::open(&args.input)?;
-    let assignments = plan.resolve(&input.modules)?;
-    let mut output = Output::create(&args.output)?;
-    let sequences = match (method, &args.calibration) {
-        (Method::Gptq(_), Some(text)) => {
-            let tokenizer = Tokenizer::from_dir(&args.input)?;
-            let context = args.context.min(input.config.max_position_embeddings);
-            read_sequences(text, &tokenizer, args.calibration_tokens, context)?
-        }
-        _ => Vec::new(),
+    let mut input = Input::open(&args.input)?;
+    if matches!(&recipe, Recipe::Exl3(recipe) if recipe.head_bits <= 8) {
+        input.add_tied_head();
+    }
+    let assignments = recipe.resolve(&input.modules, input.config.num_layers)?;
+    let sequences = args.sequences(&input)?;
+    if let Recipe::Exl3(recipe) = &mut recipe {
+        recipe.calibration = (sequences.len(), sequences.iter().map(Vec::len).max().unwrap_or(0));
+    }
+    let folds = if let Method::Awq(_) = method { folds::folds(&input.config, &assignments) } else { Vec::new() };
+    let device_name = with_device!(&device, |backend| backend.name());
+    let fingerprint = args.fingerprint(&input, method, &assignments, &sequences, device_name)?;
+    let Some(staging) = args.staging(&fingerprint)? else {
+        print_line!("{}: complete already", args.output.display());
+        return Ok(());
     };
-    let mut calibration: Option<Box<dyn Calibration + '_>> = match method {
-        Method::Rtn(_) => None,
-        Method::Gptq(_) => Some(with_device!(device, |backend| {
-            Box::new(ModelCalibration::new(backend, &input.checkpoint, &input.config, &sequences)?)
-        })),
+    let calibrate = || -> Result<Option<Box<dyn Calibration + '_>>> {
+        Ok(match method {
+            Method::Rtn(_) => None,
+            _ => Some(with_device!(&device, |backend| {
+                let backend = std::sync::Arc::clone(backend);
+                Box::new(ModelCalibration::new(backend, &input.checkpoint, &input.config, &sequences)?)
+            })),
+        })
     };
-    let calibration = calibration.as_mut().map(|model| &mut **model as &mut dyn Calibration);
-    let (summary, written) = write_model(&input, &assignments, method, calibration, &mut output)
-        .and_then(|summary| Ok((summary, output.finish(&input, &plan, &assignments)?)))?;
-    warn(&summary);
-    print_line!("{}", summary_line(&args.output, &plan, method, &summary, &written, start));
+    let (input, recipe, output) = (&input, &recipe, args.output.as_path());
+    let mut job = Job { input, recipe, assignments, folds, method, output, calibrate: &calibrate };
+    let (summary, written, mixture) = job.run(staging)?;
+    report::warn(&summary);
+    if let Some(mixture) = &mixture {
+        report::mixture(mixture, args.verbose)?;
+    }
+    print_line!("{}", report::summary_line(&args.output, recipe, method, &summary, &written, start));
     Ok(())
 }
 
 impl QuantizeArgs {
-    fn plan(&self) -> Result<Plan> {
-        let format = self.format.resolve(self.bits)?;
-        let group_size = self.group.unwrap_or(format.default_group_size());
-        Ok(Plan {
-            default: Scheme::new(format, group_size)?,
-            embeddings: self.embeddings,
-            lm_head: self.lm_head,
-            ignore: self.ignore.clone(),
-            overrides: self.overrides.clone(),
-        })
+    fn recipe(&self) -> Result<Recipe> {
+        let choice = self.format.resolve(self.bits)?;
+        let exl3_only = [
+            ("--head-bits", self.head_bits.is_some()),
+            ("--codebook", self.codebook.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        let never_exl3 = [
+            ("--group", self.group.is_some()),
+            ("--method", self.method.is_some()),
+            ("--scale-search", self.scale_search.is_some()),
+            ("--no-act-order", self.no_act_order),
+            ("--embeddings", self.embeddings.is_some()),
+            ("--lm-head", self.lm_head.is_some()),
+            ("--override", !self.overrides.is_empty()),
+        ];
+        let given = |options: &[(&'static str, bool)]| options.iter().find(|(_, given)| *given).map(|(name, _)| *name);
+        let (format, mixture) = match choice {
+            Choice::Exl3 { .. } => (None, None),
+            Choice::Format(format) => (Some(format), None),
+            Choice::Mixed { members, bits } => {
+                let below = members.iter().rev().find(|format| f64::from(format.code_bits()) < bits);
+                (below.copied(), Some((members, bits)))
+            }
+        };
+        match (choice, format) {
+            (Choice::Format(_) | Choice::Mixed { .. }, Some(format)) => {
+                if let Some(option) = given(&exl3_only) {
+                    bail!("{option} is an option of --format exl3");
+                }
+                let group_size = self.group.unwrap_or(format.default_group_size());
+                let plan = Plan {
+                    default: Scheme::new(format, group_size)?,
+                    embeddings: self.embeddings,
+                    lm_head: self.lm_head,
+                    ignore: self.ignore.clone(),
+                    overrides: self.overrides.clone(),
+                };
+                Ok(match mixture {
+                    None => Recipe::Native(plan),
+                    Some((members, bits)) => {
+                        let candidates = members
+                            .iter()
+                            .map(|&format| Scheme::new(format, self.group.unwrap_or(format.default_group_size())));
+                        Recipe::Mixed { plan, candidates: candidates.collect::<Result<_, _>>()?, bits }
+                    }
+                })
+            }
+            (Choice::Exl3 { bits }, _) => {
+                if let Some(option) = given(&never_exl3) {
+                    bail!("{option} cannot be used with --format exl3");
+                }
+                Ok(Recipe::Exl3(Exl3Recipe {
+                    bits,
+                    head_bits: self.head_bits.unwrap_or(6),
+                    codebook: self.codebook.unwrap_or(Codebook::Mcg),
+                    ignore: self.ignore.clone(),
+                    calibration: (0, 0),
+                }))
+            }
+            (_, None) => bail!("--bits leaves no format of the family"),
+        }
     }
 
-    fn method(&self) -> Result<Method> {
-        match (self.method, &self.calibration) {
-            (None | Some(MethodName::Gptq), Some(_)) => {
+    fn method(&self, recipe: &Recipe) -> Result<Method> {
+        match (recipe, self.method, &self.calibration) {
+            (Recipe::Exl3(_), _, None) => bail!("--format exl3 needs calibration text: add --calibration TEXT"),
+            (Recipe::Exl3(_), _, Some(_)) => {
+                let default = Exl3Options::default();
+                Ok(Method::Exl3(Exl3Options {
+                    sigma: self.damping.unwrap_or(default.sigma),
+                    seed: self.seed.unwrap_or(default.seed),
+                    ..default
+                }))
+            }
+            (Recipe::Mixed { .. }, _, None) => {
+                bail!("a fraction of --bits is a mixture by measured sensitivity: add --calibration TEXT")
+            }
+            (_, Some(MethodName::Awq), Some(_)) => {
+                if self.no_act_order || self.damping.is_some() {
+                    bail!("--no-act-order and --damping are options of --method gptq");
+                }
+                let default = AwqOptions::default();
+                Ok(Method::Awq(AwqOptions {
+                    scale_search: self.scale_search.map_or(default.scale_search, Into::into),
+                    ..default
+                }))
+            }
+            (_, Some(MethodName::Awq), None) => bail!("--method awq needs calibration text: add --calibration TEXT"),
+            (_, None | Some(MethodName::Gptq), Some(_)) => {
                 let default = GptqOptions::default();
                 Ok(Method::Gptq(GptqOptions {
                     damping: self.damping.unwrap_or(default.damping),
@@ -211,285 +279,101 @@ impl QuantizeArgs {
                     ..default
                 }))
             }
-            (Some(MethodName::Gptq), None) => {
+            (_, Some(MethodName::Gptq), None) => {
                 bail!("--method gptq needs calibration text: add --calibration TEXT")
             }
-            (Some(MethodName::Rtn), Some(_)) => {
+            (_, Some(MethodName::Rtn), Some(_)) => {
                 bail!("--method rtn does not use calibration text: leave out --calibration")
             }
-            (None | Some(MethodName::Rtn), None) => {
+            (_, None | Some(MethodName::Rtn), None) => {
                 Ok(Method::Rtn(self.scale_search.map_or(ScaleSearch::Range, Into::into)))
             }
         }
     }
-}
 
-/// The model to be quantized.
-struct Input {
-    dir: PathBuf,
-    config_json: Value,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    modules: Vec<Module>,
-    /// Modules stored as a slice of a fused expert tensor.
-    slices: HashMap<String, Slice>,
-}
-
-/// Consecutive elements of a stored tensor.
-struct Slice {
-    tensor: String,
-    start: usize,
-}
-
-impl Input {
-    /// Opens a dense model folder and checks that every tensor of its architecture is there, and no other.
-    fn open(dir: &Path) -> Result<Self> {
-        let dir = &bundled::model_dir(Some(dir))?;
-        if dir.is_file() {
-            bail!("{}: only model folders can be quantized", dir.display());
-        }
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-        let config_json: Value =
-            serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
-        let config = ModelConfig::from_value(&path, &config_json)?;
-        if !config.quantization.is_empty() {
-            bail!("{}: the model is quantized already", dir.display());
-        }
-        let checkpoint = Checkpoint::open(dir)?;
-        let mut input =
-            Self { dir: dir.to_owned(), config_json, config, checkpoint, modules: Vec::new(), slices: HashMap::new() };
-        input.list_modules()?;
-        for vector in input.config.vector_tensors() {
-            input.checkpoint.dense(&vector.name, &[vector.len])?;
-        }
-        for module in input.config.linear_modules().iter().filter(|module| module.bias) {
-            input.checkpoint.vector(&format!("{}.bias", module.name), module.out_features)?;
-        }
-        input.config.check_no_extra_tensors(&input.checkpoint)?;
-        Ok(input)
-    }
-
-    /// Lists the weight matrices, each with where it is stored.
-    fn list_modules(&mut self) -> Result<()> {
-        let (layers, vocab, hidden) = (self.config.num_layers, self.config.vocab_size, self.config.hidden_size);
-        let linear = self.config.linear_modules();
-        let mut shapes: Vec<(String, usize, usize)> =
-            linear.into_iter().map(|m| (m.name, m.out_features, m.in_features)).collect();
-        let has_head = shapes.iter().any(|(name, ..)| name == "lm_head");
-        if !has_head && self.checkpoint.contains("lm_head.weight") {
-            shapes.push(("lm_head".to_owned(), vocab, hidden));
-        }
-        for (name, n, k) in shapes {
-            if let Some(slice) = self.fused_slice(&name, n, k)? {
-                self.slices.insert(name.clone(), slice);
-            } else {
-                self.check_shape(&format!("{name}.weight"), &[n, k])?;
-            }
-            self.modules.push(Module::new(name, n, k, layers));
-        }
-        Ok(())
-    }
-
-    /// Where a routed expert's projection lies in the fused tensors `gate_up_proj [E, 2I, H]` (gate rows first) and
-    /// `down_proj [E, H, I]`, if the checkpoint has them.
-    fn fused_slice(&self, name: &str, n: usize, k: usize) -> Result<Option<Slice>> {
-        let Some((prefix, rest)) = name.split_once(".mlp.experts.") else {
-            return Ok(None);
+    /// The calibration text in sequences of tokens; none without calibration.
+    fn sequences(&self, input: &Input) -> Result<Vec<Vec<u32>>> {
+        let Some(text) = &self.calibration else {
+            return Ok(Vec::new());
         };
-        let fused = |tensor: &str| format!("{prefix}.mlp.experts.{tensor}");
-        if !self.checkpoint.contains(&fused("gate_up_proj")) {
-            return Ok(None);
-        }
-        let Some((Ok(expert), projection)) =
-            rest.split_once('.').map(|(e, projection)| (e.parse::<usize>(), projection))
-        else {
-            return Ok(None);
-        };
-        let (tensor, index, parts) = match projection {
-            "gate_proj" => (fused("gate_up_proj"), 2 * expert, 2),
-            "up_proj" => (fused("gate_up_proj"), 2 * expert + 1, 2),
-            _ => (fused("down_proj"), expert, 1),
-        };
-        let experts = self.checkpoint.get(&tensor).and_then(|stored| stored.shape.first().copied()).unwrap_or(0);
-        let expected = [experts.max(expert + 1), parts * n, k];
-        self.check_shape(&tensor, &expected)?;
-        Ok(Some(Slice { tensor, start: index * n * k }))
+        let tokenizer = Tokenizer::from_dir(&self.input)?;
+        let context = self.context.min(input.config.max_position_embeddings);
+        read_sequences(text, &tokenizer, self.calibration_tokens, context)
     }
 
-    /// Checks that a tensor is there with these dimensions; its values are looked at when they are quantized.
-    fn check_shape(&self, tensor: &str, dims: &[usize]) -> Result<()> {
-        if self.checkpoint.tensor(tensor)?.dims() != dims {
-            self.checkpoint.dense(tensor, dims)?;
-        }
-        Ok(())
-    }
-
-    /// The stored weight of a module.
-    fn stored_weight(&self, module: &Module) -> Result<HostTensor> {
-        let dims = [module.out_features, module.in_features];
-        let Some(slice) = self.slices.get(&module.name) else {
-            return Ok(self.checkpoint.dense(&format!("{}.weight", module.name), &dims)?);
-        };
-        let whole = self.checkpoint.tensor(&slice.tensor)?;
-        let size = whole.dtype().size_in_bytes();
-        let bytes = &whole.bytes()[slice.start * size..][..module.weights() * size];
-        Ok(HostTensor::new(whole.dtype(), &dims, Arc::new(bytes.to_vec()), 0)?)
-    }
-
-    /// Lets go of the mapped pages of a module's weight.
-    fn release(&self, module: &Module) -> Result<()> {
-        match self.slices.get(&module.name) {
-            Some(slice) => self.checkpoint.release(&slice.tensor)?,
-            None => self.checkpoint.release(&format!("{}.weight", module.name))?,
-        }
-        Ok(())
-    }
-}
-
-/// Reads weights for the quantizer.
-struct Source<'a>(&'a Input);
-
-impl ModelSource for Source<'_> {
-    fn weight(&mut self, module: &Module) -> Result<Vec<f32>, SourceError> {
-        let values = self.0.stored_weight(module)?.to_f32()?;
-        self.0.release(module)?;
-        Ok(values)
-    }
-}
-
-/// The folder being written.
-struct Output(Writer);
-
-impl Output {
-    fn create(path: &Path) -> Result<Self> {
-        Ok(Self(Writer::create(path)?))
-    }
-
-    /// Copies every tensor that is not quantized, as stored; fused experts become one tensor a projection.
-    fn copy_plain(&mut self, input: &Input, assignments: &[Assignment]) -> Result<()> {
-        let by_weight: HashMap<String, &Assignment> =
-            assignments.iter().map(|a| (format!("{}.weight", a.module.name), a)).collect();
-        let fused: HashSet<&str> = input.slices.values().map(|slice| slice.tensor.as_str()).collect();
-        for name in input.checkpoint.names() {
-            let quantized = by_weight.get(name).is_some_and(|a| a.scheme.is_some());
-            let Some(info) = input.checkpoint.get(name) else { continue };
-            if quantized || fused.contains(name) {
-                continue;
-            }
-            let tensor = match info.dtype {
-                DType::F32 | DType::F16 | DType::BF16 => input.checkpoint.dense(name, info.shape)?,
-                _ => input.checkpoint.tensor(name)?,
-            };
-            self.0.host_tensor(name, &tensor)?;
-            input.checkpoint.release(name)?;
-        }
-        for Assignment { module, scheme } in assignments {
-            if scheme.is_none() && input.slices.contains_key(&module.name) {
-                let tensor = input.stored_weight(module)?;
-                self.0.host_tensor(&format!("{}.weight", module.name), &tensor)?;
-                input.release(module)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the configuration and the tokenizer and gives the folder its name.
-    fn finish(mut self, input: &Input, plan: &Plan, assignments: &[Assignment]) -> Result<WriteSummary> {
-        let mut modules = BTreeMap::new();
-        let mut ignore = Vec::new();
-        for Assignment { module, scheme } in assignments {
-            match scheme {
-                None => ignore.push(module.name.clone()),
-                Some(scheme) if *scheme != plan.default => {
-                    modules.insert(module.name.clone(), *scheme);
-                }
-                Some(_) => {}
-            }
-        }
-        let quantization = QuantizationConfig::new(plan.default, modules, &ignore)?;
-        let mut config = input.config_json.clone();
-        match &mut config {
-            Value::Object(object) => {
-                object.insert("quantization_config".to_owned(), quantization.to_json());
-            }
-            _ => bail!("{}: config.json is not an object", input.dir.display()),
-        }
-        self.0.copy_assets(&input.dir)?;
-        Ok(self.0.finish(&config)?)
-    }
-}
-
-impl ModelSink for Output {
-    fn write(&mut self, module: &Module, matrix: &QuantizedMatrix) -> Result<(), SourceError> {
-        Ok(self.0.matrix(&module.name, matrix)?)
-    }
-}
-
-/// Copies what stays and quantizes the rest, with a progress bar on a terminal.
-fn write_model(
-    input: &Input,
-    assignments: &[Assignment],
-    method: Method,
-    calibration: Option<&mut dyn Calibration>,
-    output: &mut Output,
-) -> Result<Summary> {
-    output.copy_plain(input, assignments)?;
-    let total = assignments.iter().filter(|a| a.scheme.is_some()).count();
-    let progress = super::progress_bar(total as u64, "modules");
-    let summary =
-        quantize_model(Settings { assignments, method }, &mut Source(input), calibration, output, &mut |event| {
-            match event {
-                Event::Calibrating { layer, layers } => {
-                    progress.set_message(format!("calibrating layer {} of {layers}", layer + 1));
-                }
-                Event::Quantized { module } => {
-                    progress.inc(1);
-                    progress.set_message(module.name.clone());
-                }
-            }
+    /// Everything the written folder depends on.
+    fn fingerprint(
+        &self,
+        input: &Input,
+        method: Method,
+        assignments: &[Assignment],
+        sequences: &[Vec<u32>],
+        device: &str,
+    ) -> Result<Fingerprint> {
+        let mut job = Fingerprint::default();
+        let mut add = |name: &str, value: String| job.add(name, value);
+        add("program version", env!("CARGO_PKG_VERSION").to_owned());
+        add("IN", std::fs::canonicalize(&self.input).unwrap_or(self.input.clone()).display().to_string());
+        add("contents of IN", input.files_hash()?);
+        add("method", format!("{method:?}"));
+        add("formats by module", {
+            let targets: String = assignments.iter().map(|a| format!("{} {:?}\n", a.module.name, a.target)).collect();
+            Fingerprint::hash(targets.as_bytes())
         });
-    progress.finish_and_clear();
-    Ok(summary?)
+        let mut option = |name: &str, value: Option<String>| value.map(|value| job.add(name, value));
+        option("--format", Some(self.format.to_string()));
+        option("--bits", self.bits.map(|bits| bits.to_string()));
+        option("--group", self.group.map(|group| group.to_string()));
+        option("--head-bits", self.head_bits.map(|bits| bits.to_string()));
+        option("--ignore", words(&self.ignore));
+        if let Some(text) = &self.calibration {
+            option("--calibration", Some(text.display().to_string()));
+            let ids: Vec<u8> = sequences
+                .iter()
+                .flat_map(|ids| ids.iter().chain([&u32::MAX]))
+                .flat_map(|id| id.to_le_bytes())
+                .collect();
+            option("calibration tokens", Some(Fingerprint::hash(&ids)));
+            option("device", Some(device.to_owned()));
+        }
+        Ok(job)
+    }
+
+    /// Takes up or starts the job; `None` when it is complete but for the removal of its staging folder.
+    fn staging(&self, fingerprint: &Fingerprint) -> Result<Option<Staging>> {
+        let exists = || ModelError::OutputExists { path: self.output.clone() };
+        let Some(dir) = Staging::dir_of(&self.output) else {
+            bail!("output folder: {} has no name", self.output.display());
+        };
+        let complete = std::fs::symlink_metadata(&self.output).is_ok();
+        if complete && (self.restart || std::fs::symlink_metadata(&dir).is_err()) {
+            return Err(exists().into());
+        }
+        if self.restart {
+            Staging::discard(&dir)?;
+        }
+        let staging = Staging::open(&dir, fingerprint).map_err(|error| match error {
+            _ if complete => anyhow!(exists()),
+            StagingError::OtherJob { .. } | StagingError::Damaged { .. } => {
+                anyhow!("{error}; repeat that job's arguments to go on with it, or add --restart to discard it")
+            }
+            error => error.into(),
+        })?;
+        match complete {
+            false => Ok(Some(staging)),
+            true if staging.is_published() => {
+                staging.remove()?;
+                Ok(None)
+            }
+            true => {
+                leave(staging)?;
+                Err(exists().into())
+            }
+        }
+    }
 }
 
-/// What a user should know about modules that calibration served badly, on stderr.
-fn warn(summary: &Summary) {
-    for name in &summary.without_rows {
-        eprintln!("warning: no calibration token reached {name}; it was rounded to nearest");
-    }
-    if let Some((name, rows)) = summary.few_rows.iter().min_by_key(|(_, rows)| *rows) {
-        let count = summary.few_rows.len();
-        eprintln!(
-            "warning: {count} modules saw fewer calibration tokens than an eighth of their inputs \
-             ({name}: {rows}); more calibration text would help"
-        );
-    }
-    for (name, damping) in &summary.damped {
-        eprintln!("warning: {name} needed damping {damping}");
-    }
-}
-
-fn summary_line(
-    output: &Path,
-    plan: &Plan,
-    method: Method,
-    summary: &Summary,
-    written: &WriteSummary,
-    start: Instant,
-) -> String {
-    let method = match method {
-        Method::Rtn(_) => "rtn",
-        Method::Gptq(_) => "gptq",
-    };
-    format!(
-        "{}: {} group {} ({method}), {} modules at {:.3} bits per weight, {:.1} MB in all, {:.1} s",
-        output.display(),
-        plan.default.format,
-        plan.default.group_size,
-        summary.modules,
-        summary.bits_per_weight(),
-        written.bytes as f64 / 1e6,
-        start.elapsed().as_secs_f64()
-    )
+fn words<T: ToString>(values: &[T]) -> Option<String> {
+    let words: Vec<String> = values.iter().map(ToString::to_string).collect();
+    (!words.is_empty()).then(|| words.join(" "))
 }

@@ -141,6 +141,7 @@ fn suite(args: &VerifyArgs) -> Result<()> {
                 marlin_conformance::verify(&*cpu, &VerifyOptions { int8_activations: !exact, ..options })
             }
             // GPUs have one mode.
+            #[cfg(any(feature = "gpu", feature = "cuda"))]
             _ if !exact => break,
             #[cfg(all(feature = "gpu", target_os = "macos"))]
             Opened::Metal(gpu) => marlin_conformance::verify(&*gpu, &options),

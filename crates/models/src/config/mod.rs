@@ -189,12 +189,22 @@ impl ModelConfig {
     /// A missing or invalid file, an unknown `model_type` or activation, a missing, non-positive, non-integer or
     /// absurd dimension, dimensions that contradict each other: each names the file and the field.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        let (path, value) = Self::json(dir)?;
+        Self::from_value(&path, &value)
+    }
+
+    /// What [`ModelConfig::from_dir`] reads, with the file that it comes from.
+    ///
+    /// # Errors
+    /// A missing file or one that is not valid.
+    pub fn json(dir: &Path) -> Result<(PathBuf, Value)> {
         if let Some(file) = crate::gguf::find(dir)? {
-            return Self::from_value(&file, &crate::gguf::config_json(&file)?);
+            let json = crate::gguf::config_json(&file)?;
+            return Ok((file, json));
         }
         let path = dir.join("config.json");
-        let value = read_json(&path, "every model folder has one")?;
-        Self::from_value(&path, &value)
+        let json = read_json(&path, "every model folder has one")?;
+        Ok((path, json))
     }
 
     /// Reads a parsed `config.json`; `path` appears in errors.

@@ -44,13 +44,13 @@ impl Config {
         }
         let (qweight, scales) = (stored.shape(".qweight")?, stored.shape(".scales")?);
         // The config's version can be wrong; the scales tell the orientation.
-        if qweight == [k, n / 8] && n % 8 == 0 && scales.last() == Some(&n) && scales.first() != Some(&n) {
+        if qweight == [k, n / 8] && n.is_multiple_of(8) && scales.last() == Some(&n) && scales.first() != Some(&n) {
             return self.gemm(stored, n, k).map(Some);
         }
-        if qweight == [n, k / 8] && k % 8 == 0 && scales.first() == Some(&n) {
+        if qweight == [n, k / 8] && k.is_multiple_of(8) && scales.first() == Some(&n) {
             return self.gemv(stored, n, k).map(Some);
         }
-        if qweight == [k, n / 8] && n % 8 == 0 {
+        if qweight == [k, n / 8] && n.is_multiple_of(8) {
             return self.gemm(stored, n, k).map(Some);
         }
         let reason = format!(

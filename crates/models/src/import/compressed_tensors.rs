@@ -167,7 +167,7 @@ impl Target {
 
 /// NVFP4 with `weight_global_scale`, a divisor; MXFP4 without.
 fn fp4(stored: &Stored<'_>, n: usize, k: usize) -> Result<Weight> {
-    if k % 16 != 0 {
+    if !k.is_multiple_of(16) {
         return Err(stored.error(".weight_packed", format!("is for {k} channels, not a multiple of 16")));
     }
     let codes = stored.bytes(".weight_packed", &[DType::U8], "U8", &[n, k / 2])?;

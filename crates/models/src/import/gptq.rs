@@ -109,7 +109,7 @@ impl Config {
         })?;
         // Codes of these widths are read in whole blocks.
         let odd = !matches!(bits, 2 | 4 | 8);
-        if odd && (k % 32 != 0 || self.is_planar(bits) && n % 32 != 0) {
+        if odd && (!k.is_multiple_of(32) || self.is_planar(bits) && !n.is_multiple_of(32)) {
             return Err(stored.error(".qweight", format!("has {bits}-bit codes, which need multiples of 32 channels")));
         }
         if matches!(bits, 5..=7) && !self.planar {

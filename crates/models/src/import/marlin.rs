@@ -11,7 +11,7 @@ use crate::error::Result;
 const CHANNEL_ORDER: [usize; 8] = [0, 1, 8, 9, 16, 17, 24, 25];
 
 pub(super) fn weight(stored: &Stored<'_>, n: usize, k: usize) -> Result<Weight> {
-    if k % 128 != 0 || n % 256 != 0 {
+    if !k.is_multiple_of(128) || !n.is_multiple_of(256) {
         let reason = format!("is for [{n}, {k}], but this layout needs N a multiple of 256 and K of 128");
         return Err(stored.error(".B", reason));
     }
@@ -33,7 +33,7 @@ pub(super) fn weight(stored: &Stored<'_>, n: usize, k: usize) -> Result<Weight> 
     }
     let (stored_scales, dtype) = super::column_scales(stored, ".s", n)?;
     let groups = stored_scales.len() / n;
-    if groups == 0 || k % groups != 0 || (groups > 1 && k / groups != 128) {
+    if groups == 0 || !k.is_multiple_of(groups) || (groups > 1 && k / groups != 128) {
         return Err(stored.error(".s", format!("has {groups} groups of {k} channels, expected groups of 128 or one")));
     }
     let mut scales = vec![0.0; stored_scales.len()];

@@ -20,12 +20,12 @@ pub(super) fn weight(stored: &Stored<'_>, n: usize, k: usize) -> Result<Option<W
         return Ok(None);
     }
     let shape = stored.shape(".weight")?;
-    let fits = |bits: &usize| k * bits % 32 == 0 && shape == [n, k * bits / 32];
+    let fits = |bits: &usize| (k * bits).is_multiple_of(32) && shape == [n, k * bits / 32];
     let bits = [2, 3, 4, 5, 6, 8].into_iter().find(fits).ok_or_else(|| {
         stored.error(".weight", format!("has shape {shape:?}, which no width of 2 to 8 bits gives for [{n}, {k}]"))
     })?;
     let groups = match stored.shape(".scales")? {
-        [rows, groups] if *rows == n && *groups > 0 && k % groups == 0 => *groups,
+        [rows, groups] if *rows == n && *groups > 0 && k.is_multiple_of(*groups) => *groups,
         other => {
             let reason = format!("has shape {other:?}, expected [{n}, a divisor of {k}]");
             return Err(stored.error(".scales", reason));

@@ -36,7 +36,7 @@ pub(super) fn experts(
 
 /// Rows `first`, `first + step`, ... of a stacked projection.
 fn projection(stored: &Stored<'_>, n: usize, k: usize, first: usize, step: usize) -> Result<Weight> {
-    if k % 32 != 0 {
+    if !k.is_multiple_of(32) {
         return Err(stored.error("_blocks", format!("is for {k} channels, not a multiple of 32")));
     }
     let blocks = stored.bytes("_blocks", &[DType::U8], "U8", &[n * step, k / 32, 16])?;

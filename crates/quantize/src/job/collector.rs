@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use marlin_formats::Scheme;
-
 use super::ActivationSink;
+use super::run::Task;
 use crate::plan::Module;
 use crate::{Hessian, QuantizeError, Result};
 
@@ -14,7 +13,7 @@ use crate::{Hessian, QuantizeError, Result};
 /// Hessian, which is summed and later factored once.
 pub(super) struct Collector {
     entries: BTreeMap<String, Entry>,
-    hessians: Vec<Hessian>,
+    inputs: Vec<Input>,
     last: Option<Last>,
 }
 
@@ -26,6 +25,22 @@ struct Entry {
     follows: bool,
 }
 
+/// Statistics of one input.
+struct Input {
+    hessian: Hessian,
+    /// Sum of the magnitudes of each feature.
+    magnitudes: Vec<f64>,
+}
+
+/// Modules that read the same input.
+pub(super) struct Group {
+    /// `None` when no row reached them.
+    pub(super) hessian: Option<Hessian>,
+    /// Mean magnitude of each feature; empty when no row reached them.
+    pub(super) mean_abs: Vec<f64>,
+    pub(super) modules: Vec<String>,
+}
+
 /// The last input that was added to a Hessian.
 struct Last {
     module: String,
@@ -34,27 +49,31 @@ struct Last {
 }
 
 impl Collector {
-    pub(super) fn new(modules: &[(&Module, Scheme)]) -> Self {
+    pub(super) fn new(modules: &[Task<'_>]) -> Self {
         let entry = |module: &Module| Entry { in_features: module.in_features, slot: None, follows: false };
         Self {
             entries: modules.iter().map(|(module, _)| (module.name.clone(), entry(module))).collect(),
-            hessians: Vec::new(),
+            inputs: Vec::new(),
             last: None,
         }
     }
 
-    /// Each Hessian with the modules that share it, and the modules that no row reached.
-    pub(super) fn into_groups(self) -> Vec<(Option<Hessian>, Vec<String>)> {
-        let mut groups: Vec<(Option<Hessian>, Vec<String>)> =
-            self.hessians.into_iter().map(|hessian| (Some(hessian), Vec::new())).collect();
+    /// Each Hessian with the modules that share it, then the modules that no row reached.
+    pub(super) fn into_groups(self) -> Vec<Group> {
+        let group = |Input { hessian, magnitudes }| {
+            let rows = hessian.rows() as f64;
+            let mean_abs = magnitudes.into_iter().map(|sum| sum / rows).collect();
+            Group { hessian: Some(hessian), mean_abs, modules: Vec::new() }
+        };
+        let mut groups: Vec<Group> = self.inputs.into_iter().map(group).collect();
         let mut without_rows = Vec::new();
         for (name, entry) in self.entries {
             match entry.slot {
-                Some(slot) => groups[slot].1.push(name),
+                Some(slot) => groups[slot].modules.push(name),
                 None => without_rows.push(name),
             }
         }
-        groups.push((None, without_rows));
+        groups.push(Group { hessian: None, mean_abs: Vec::new(), modules: without_rows });
         groups
     }
 }
@@ -89,11 +108,15 @@ impl ActivationSink for Collector {
             }
             (Some(slot), _) => slot,
             (None, None) => {
-                self.hessians.push(Hessian::new(columns)?);
-                *entry.slot.insert(self.hessians.len() - 1)
+                self.inputs.push(Input { hessian: Hessian::new(columns)?, magnitudes: vec![0.0; columns] });
+                *entry.slot.insert(self.inputs.len() - 1)
             }
         };
-        self.hessians[slot].accumulate(values).or_else(|error| refuse(error.to_string()))?;
+        let input = &mut self.inputs[slot];
+        input.hessian.accumulate(values).or_else(|error| refuse(error.to_string()))?;
+        for row in values.chunks_exact(columns) {
+            input.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
+        }
         self.last = Some(Last { module: module.to_owned(), slot, values: values.to_vec() });
         Ok(())
     }

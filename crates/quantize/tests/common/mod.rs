@@ -1,6 +1,8 @@
 //! Deterministic data for the tests.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod chain;
+
 use marlin_quantize::Hessian;
 
 /// SplitMix64, good enough for test data.

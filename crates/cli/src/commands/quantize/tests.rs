@@ -1,13 +1,18 @@
 //! `marlin quantize` on the tiny random models of the parity tests.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use clap::Parser;
-use marlin_models::{LoadOptions, Model};
+use marlin_formats::exl3::Exl3Matrix;
+use marlin_formats::{DType, Format, QuantizedMatrix};
+use marlin_models::{Checkpoint, LoadOptions, Model, ModelConfig};
 use marlin_ops::{Weight, WeightData};
-use marlin_quantize::{Role, rtn};
-use serde_json::json;
+use marlin_quantize::{Module, Previous, Role, rtn};
+use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use std::path::Path;
 
 use super::*;
 
@@ -75,6 +80,16 @@ impl Folder {
             assert!(message.contains(expected), "{options}: {message}");
         }
         self.assert_only(&["in", "text"]);
+    }
+
+    /// Fails in the middle: what was finished stays, and goes with `--restart`.
+    fn stops(&self, options: &str, expected: &[&str]) {
+        let message = format!("{:#}", self.quantize("stopped", options).unwrap_err());
+        for expected in expected.iter().chain(&["stopped.partial", "goes on from there"]) {
+            assert!(message.contains(expected), "{options}: {message}");
+        }
+        self.assert_only(&["in", "stopped.partial", "text"]);
+        fs::remove_dir_all(self.path("stopped.partial")).unwrap();
     }
 
     fn assert_only(&self, expected: &[&str]) {
@@ -234,6 +249,18 @@ fn wrong_options_are_refused_before_anything_is_written() {
     folder.refuses("--format int4 --ignore *.nope", &["*.nope"]);
     folder.refuses("--format int4 --override *.q_proj=int5", &["int5", "nvfp4"]);
     folder.refuses("--format int4 --device cuda", &["device"]);
+    folder.refuses("--format int --bits 3.5", &["mixture", "--calibration"]);
+    folder.refuses("--format int --bits 1.5 --calibration TEXT", &["2, 3, 4, 8", "fraction"]);
+    folder.refuses("--format int4 --method awq", &["--calibration"]);
+    folder.refuses("--format int4 --method awq --calibration TEXT --damping 0.1", &["--damping"]);
+    folder.refuses("--format int4 --seed 3", &["--seed", "exl3"]);
+    folder.refuses("--format exl3 --calibration TEXT", &["--bits"]);
+    folder.refuses("--format exl3 --bits 9 --calibration TEXT", &["--bits", "1 to 8"]);
+    folder.refuses("--format exl3 --bits 3", &["--calibration"]);
+    folder.refuses("--format exl3 --bits 3 --calibration TEXT --group 64", &["--group", "exl3"]);
+    folder.refuses("--format exl3 --bits 3 --calibration TEXT --head-bits 9", &["1 to 8", "16"]);
+    folder.refuses("--format exl3 --bits 3 --calibration TEXT --codebook 2inst", &["3inst, mcg, mul1"]);
+    folder.refuses("--format exl3 --bits 3 --calibration TEXT --ignore *.nope", &["*.nope"]);
 }
 
 #[test]
@@ -273,8 +300,8 @@ fn nan_weights_and_missing_tensors_are_named() {
         drop(input);
         bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
         fs::write(&file, &bytes).unwrap();
-        folder.refuses("--format int4", &["down_proj", "NaN"]);
-        folder.refuses("--format int4 --calibration TEXT", &["down_proj", "NaN"]);
+        folder.stops("--format int4", &["down_proj", "NaN"]);
+        folder.stops("--format int4 --calibration TEXT", &["down_proj", "NaN"]);
     }
     let folder = Folder::new("llama-base");
     let mut config = folder.config(&folder.path("in"));
@@ -296,4 +323,241 @@ fn missing_biases_and_extra_tensors_are_named() {
     folder.refuses("--format int4", &["model.layers.0.self_attn.q_proj.bias", "missing"]);
     let folder = change("glm4_moe_lite-base", "num_nextn_predict_layers", json!(0));
     folder.refuses("--format int4", &["model.layers.3.", "not part of this architecture"]);
+}
+
+/// Every file of a folder with its contents.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+#[test]
+fn an_interrupted_job_goes_on_with_the_same_arguments_only() {
+    let folder = Folder::new("glm4_moe_lite-base");
+    let options = "--format int3 --calibration TEXT --context 64";
+    folder.quantize("whole", options).unwrap();
+    // A folder where the model is put together, which cannot be made, stops the job after all parts are finished.
+    let partial = folder.path("out.partial");
+    let stop = |options: &str| {
+        fs::remove_dir_all(partial.join("model")).ok();
+        let input = folder.path("in/merges.txt");
+        fs::create_dir(&input).unwrap();
+        let stopped = folder.quantize("out", options);
+        fs::remove_dir(&input).unwrap();
+        format!("{:#}", stopped.unwrap_err())
+    };
+    assert!(stop(options).contains("merges.txt"));
+    folder.assert_only(&["in", "out.partial", "text", "whole"]);
+
+    for (other, expected) in [
+        ("--format int4 --calibration TEXT --context 64", "--format was `int3`, now `int4_s4`"),
+        ("--format int3 --calibration TEXT --context 32", "calibration tokens was "),
+        ("--format int3 --calibration TEXT --context 64 --damping 0.1", "damping: 0.1"),
+        ("--format int3", "--calibration was "),
+    ] {
+        let message = format!("{:#}", folder.quantize("out", other).unwrap_err());
+        for expected in ["out.partial: ", "unfinished work of another job", expected, "--restart"] {
+            assert!(message.contains(expected), "{other}: {message}");
+        }
+    }
+    // One part is lost, one unreadable.
+    let part = |index: usize| partial.join(format!("part-{index:05}.safetensors"));
+    let first = fs::read(part(0)).unwrap();
+    fs::write(part(0), &first[..first.len() / 2]).unwrap();
+    let message = format!("{:#}", folder.quantize("out", options).unwrap_err());
+    assert!(message.contains("part-00000.safetensors: damaged"), "{message}");
+    fs::write(part(0), &first).unwrap();
+    fs::remove_file(part(1)).unwrap();
+    fs::remove_file(part(2)).unwrap();
+    folder.quantize("out", options).unwrap();
+    assert_eq!(contents(&folder.path("out")), contents(&folder.path("whole")));
+    folder.assert_only(&["in", "out", "text", "whole"]);
+
+    // Killed after the folder got its name: nothing is left to do.
+    fs::rename(folder.path("out"), folder.path("kept")).unwrap();
+    stop(options);
+    let state = fs::read_to_string(partial.join("state.json")).unwrap();
+    fs::write(partial.join("state.json"), state.replace("\"assembled\": false", "\"assembled\": true")).unwrap();
+    fs::rename(folder.path("kept"), folder.path("out")).unwrap();
+    folder.quantize("out", options).unwrap();
+    assert_eq!(contents(&folder.path("out")), contents(&folder.path("whole")));
+    folder.assert_only(&["in", "out", "text", "whole"]);
+
+    // Another folder came in between: it stays, and so does the unfinished work.
+    fs::rename(folder.path("out"), folder.path("kept")).unwrap();
+    stop(options);
+    fs::create_dir(folder.path("out")).unwrap();
+    let message = format!("{:#}", folder.quantize("out", options).unwrap_err());
+    assert!(message.contains("exists already"), "{message}");
+    fs::remove_dir(folder.path("out")).unwrap();
+    assert!(part(0).exists());
+    folder.quantize("out", "--format int8 --restart").unwrap();
+    folder.assert_only(&["in", "kept", "out", "text", "whole"]);
+}
+
+/// The EXL3 matrix of a module from its stored tensors.
+fn exl3_matrix(checkpoint: &Checkpoint, module: &Module) -> Exl3Matrix {
+    let tensor = |suffix: &str, dtype: DType, dims: &[usize]| {
+        let tensor = checkpoint.tensor(&format!("{}.{suffix}", module.name)).unwrap();
+        assert_eq!((tensor.dtype(), tensor.dims()), (dtype, dims), "{}.{suffix}", module.name);
+        tensor
+    };
+    let (k, n) = (module.in_features.next_multiple_of(128), module.out_features.next_multiple_of(128));
+    let words = *checkpoint.get(&format!("{}.trellis", module.name)).unwrap().shape.last().unwrap();
+    let marker = tensor("mul1", DType::I32, &[]);
+    assert_eq!(marker.bytes(), 0x83DC_D12Du32.to_le_bytes());
+    let matrix = Exl3Matrix {
+        codebook: Codebook::Mul1,
+        bits: (words / 16) as u32,
+        in_features: module.in_features,
+        out_features: module.out_features,
+        trellis: tensor("trellis", DType::I16, &[k / 16, n / 16, words]).to_u16_bits().unwrap(),
+        suh: tensor("suh", DType::F16, &[k]).to_u16_bits().unwrap(),
+        svh: tensor("svh", DType::F16, &[n]).to_u16_bits().unwrap(),
+    };
+    matrix.validate().unwrap();
+    matrix
+}
+
+#[test]
+fn exl3_folders_are_those_of_exllamav3() {
+    // The search takes long: one expert of eight, and of a tied model its attention inputs.
+    let experts: Vec<String> = (1..8).map(|e| format!("*.experts.{e}.*")).collect();
+    for (golden, ignored) in [
+        ("llama-biases", Vec::new()),
+        ("glm4_moe_lite-fused_mixed_layers", experts),
+        ("deepseek_v3-no_q_lora_tied", vec!["*.mlp.*".to_owned(), "*.o_proj".to_owned()]),
+    ] {
+        let folder = Folder::new(golden);
+        let ignore: String = ignored.iter().map(|pattern| format!(" --ignore {pattern}")).collect();
+        let ignored: Vec<Pattern> = ignored.iter().map(|pattern| pattern.parse().unwrap()).collect();
+        let options = "--format exl3 --bits 3.5 --codebook mul1 --seed 7 --head-bits 5 --calibration TEXT --context 64";
+        let options = format!("{options}{ignore}");
+        folder.quantize("out", &options).unwrap();
+        let mut input = Input::open(&folder.path("in")).unwrap();
+        input.add_tied_head();
+        let checkpoint = Checkpoint::open(&folder.path("out")).unwrap();
+        let (mut bits, mut weights) = (0.0, 0.0);
+        let mut rates = std::collections::BTreeSet::new();
+        for module in &input.modules {
+            let dense = input.stored_weight(module).unwrap();
+            let plain = format!("{}.weight", module.name);
+            let trellis = match module.role {
+                _ if ignored.iter().any(|pattern| pattern.matches(&module.name)) => false,
+                Role::Linear => !module.name.ends_with("kv_b_proj"),
+                role => role == Role::LmHead,
+            };
+            assert_eq!(checkpoint.contains(&plain), !trellis, "{golden} {plain}");
+            if !trellis {
+                let stored = checkpoint.tensor(&plain).unwrap();
+                assert_eq!((stored.dtype(), stored.bytes()), (dense.dtype(), dense.bytes()));
+                continue;
+            }
+            let matrix = exl3_matrix(&checkpoint, module);
+            if module.role == Role::LmHead {
+                assert_eq!(matrix.bits, 5);
+            } else {
+                rates.insert(matrix.bits);
+                bits += f64::from(matrix.bits) * module.weights() as f64;
+                weights += module.weights() as f64;
+            }
+            let (dense, decoded) = (dense.to_f32().unwrap(), matrix.decode().unwrap());
+            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error =
+                square(&mut dense.iter().zip(&decoded).map(|(a, b)| a - b)) / square(&mut dense.iter().copied());
+            assert!(error < 0.1, "{golden} {}: {error}", module.name);
+            let bias = format!("{}.bias", module.name);
+            if input.checkpoint.contains(&bias) {
+                let stored = checkpoint.tensor(&bias).unwrap();
+                assert_eq!((stored.dtype(), stored.dims()), (DType::F16, &[matrix.padded_out()][..]));
+            }
+        }
+        assert_eq!(rates.into_iter().collect::<Vec<_>>(), [3, 4], "{golden}");
+        let config = folder.config(&folder.path("out"))["quantization_config"].clone();
+        let average = (bits / weights * 1e4).round() / 1e4;
+        assert!((3.0..=3.5).contains(&average), "{average}");
+        assert_eq!(config["quant_method"], "exl3");
+        assert_eq!((&config["bits"], &config["head_bits"]), (&json!(average), &json!(5)));
+        assert_eq!((&config["codebook"], &config["out_scales"]), (&json!("mul1"), &json!("always")));
+        assert_eq!(config["calibration"], json!({"rows": 7, "cols": 64}));
+        let text = fs::read_to_string(folder.path("out/quantization_config.json")).unwrap();
+        let beside: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(beside["quant_method"], "exl3");
+        let storage = beside["tensor_storage"].as_object().unwrap();
+        for name in checkpoint.names() {
+            let info = checkpoint.get(name).unwrap();
+            let entry = &storage[name.rsplit_once('.').unwrap().0]["stored_tensors"][name];
+            assert_eq!((&entry["shape"], &entry["n_bytes"]), (&json!(info.shape), &json!(info.bytes)), "{name}");
+        }
+        assert_eq!(storage["lm_head"]["bits_per_weight"], 5);
+        assert_eq!(storage["lm_head"]["mul1_multiplier"], 2_212_286_765u32);
+        folder.assert_only(&["in", "out", "text"]);
+    }
+}
+
+#[test]
+fn awq_scales_fold_into_every_architecture() {
+    for golden in MODELS.into_iter().chain(["llama-biases"]) {
+        let folder = Folder::new(golden);
+        let options = "--format int4_u4 --group 32 --method awq --calibration TEXT --context 64";
+        folder.quantize("out", options).unwrap();
+        // Loads as a model, which refuses missing and extra tensors.
+        let written = Written::open(&folder.path("out"));
+        let input = Input::open(&folder.path("in")).unwrap();
+        let plan = Plan::new(parse_scheme("int4_u4:32").unwrap());
+        let folds = folds::folds(&input.config, &plan.resolve(&input.modules).unwrap());
+        let layers = input.config.num_layers;
+        assert!(folds.len() >= 2 * layers, "{golden}");
+        // Undone, the folded model is close to the one that was read: check every reader of every norm.
+        let mut moved = 0;
+        for fold in &folds {
+            let Previous::Norm { tensor } = &fold.previous else { continue };
+            let vector = |checkpoint: &Checkpoint| checkpoint.vector(tensor, fold.channels()).unwrap();
+            let (before, after) = (vector(&input.checkpoint), vector(&written.checkpoint));
+            moved += usize::from(before != after);
+            for reader in &fold.readers {
+                if folds.iter().any(|f| matches!(&f.previous, Previous::Linear { module, .. } if module == reader)) {
+                    continue;
+                }
+                let dense = input.stored_weight(reader).unwrap().to_f32().unwrap();
+                let stored = written.weight(reader).to_f32().unwrap();
+                let columns = (0..dense.len()).map(|i| i % reader.in_features);
+                let (mut error, mut whole) = (0.0, 0.0);
+                for ((w, q), k) in dense.iter().zip(&stored).zip(columns) {
+                    let exact = f64::from(w * before[k]);
+                    error += (f64::from(q * after[k]) - exact).powi(2);
+                    whole += exact * exact;
+                }
+                let limit = if written.matrix(reader).is_some() { 0.05 } else { 1e-10 };
+                assert!(error < limit * whole, "{golden} {}: {}", reader.name, error / whole);
+            }
+        }
+        assert!(moved > 0, "{golden}: no scales were found");
+        folder.quantize("again", options).unwrap();
+        assert_eq!(contents(&folder.path("again")), contents(&folder.path("out")));
+    }
+}
+
+#[test]
+fn fractional_bits_mix_formats_under_the_budget() {
+    let folder = Folder::new("glm4_moe_lite-base");
+    let options = "--format int --bits 3.3 --group 32 --calibration TEXT --context 64 --verbose";
+    folder.quantize("out", options).unwrap();
+    let written = Written::open(&folder.path("out"));
+    let input = Input::open(&folder.path("in")).unwrap();
+    let (mut bits, mut weights) = (0.0, 0.0);
+    let mut blocks: BTreeMap<String, std::collections::BTreeSet<u32>> = BTreeMap::new();
+    for module in input.modules.iter().filter(|module| module.role == Role::Linear) {
+        let width = written.matrix(module).unwrap().scheme.format.code_bits();
+        bits += f64::from(width) * module.weights() as f64;
+        weights += module.weights() as f64;
+        let (block, _) = module.name.rsplit_once('.').unwrap();
+        blocks.entry(block.to_owned()).or_default().insert(width);
+    }
+    assert!(blocks.values().all(|widths| widths.len() == 1), "{blocks:?}");
+    assert!(blocks.values().collect::<std::collections::BTreeSet<_>>().len() > 1, "{blocks:?}");
+    assert!((3.0..=3.3).contains(&(bits / weights)), "{}", bits / weights);
+    folder.quantize("again", options).unwrap();
+    assert_eq!(contents(&folder.path("again")), contents(&folder.path("out")));
+    folder.assert_only(&["again", "in", "out", "text"]);
 }
