@@ -17,6 +17,7 @@ mod hadamard;
 mod input;
 mod linear;
 mod linear_batched;
+mod linear_exl3;
 mod mla;
 mod moe;
 mod moe_grouped;
@@ -141,6 +142,7 @@ fn run_families<B: Backend>(runner: &mut Runner<'_, B>, families: &[Family]) {
             Family::Linear => {
                 linear::run(runner);
                 linear_batched::run(runner);
+                linear_exl3::run(runner);
             }
             Family::Norm => norm::run(runner),
             Family::Rope => rope::run(runner),

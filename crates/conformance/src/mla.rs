@@ -1,5 +1,6 @@
 //! Multi-head latent attention: both forms, on the same inputs.
 
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
 use marlin_ops::attention::MlaAttentionArgs;
 use marlin_ops::{Backend, Linear, Result, Tensor};
@@ -97,7 +98,8 @@ impl MlaCase {
     }
 
     fn tolerances(&self) -> Vec<Tolerance> {
-        vec![Tolerance::Blocks { block: self.value, bound: tolerance::ATTENTION }]
+        let bound = if self.kv_b.rotates() { tolerance::EXL3_ROWS } else { tolerance::ATTENTION };
+        vec![Tolerance::Blocks { block: self.value, bound }]
     }
 }
 
@@ -142,6 +144,11 @@ fn table() -> Vec<MlaCase> {
             DENSE.into_iter().chain(Format::ALL.map(|format| Storage::Quantized(format, group_sizes(format)[0])))
         {
             table.push(MlaCase { kv_b: storage, rank: 64, ..base.clone() });
+        }
+        for (storage, rank) in
+            [(Storage::Exl3(Codebook::Mul1, 3), 64), (Storage::Exl3(Codebook::Mcg, 4), 300), (DENSE[0], 300)]
+        {
+            table.push(MlaCase { kv_b: storage, heads: 2, nope: 100, value: 60, rank, ..base.clone() });
         }
         // GLM-4.7-Flash's head and latent, DeepSeek-V2's head, odd dimensions.
         for (heads, nope, rope, value, rank) in

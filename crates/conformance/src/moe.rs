@@ -1,6 +1,7 @@
 //! Mixture of experts.
 
 use marlin_formats::Format;
+use marlin_formats::exl3::Codebook;
 use marlin_ops::linear::{Activation, Residual};
 use marlin_ops::moe::{CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, RouteArgs, Routing, Scoring};
 use marlin_ops::oracle::choose_experts;
@@ -327,6 +328,7 @@ impl Case for ExpertMlpCase {
 
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
         let bound = match mode {
+            _ if self.storages.iter().any(Storage::rotates) => tolerance::EXL3_ROWS,
             Mode::Exact => tolerance::LINEAR,
             // The hidden vector is rounded to int8 in between.
             Mode::Int8Activations => tolerance::GATED_MLP_ROUNDED,
@@ -475,6 +477,17 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
         for storages in [&[DENSE[0]][..], &[fp4], &mixed] {
             runner.check(&experts(tokens, storages));
         }
+    }
+    // Rates and formats that differ from projection to projection.
+    let exl3 = |codebook, bits| Storage::Exl3(codebook, bits);
+    let rates = [exl3(Codebook::Mul1, 3), exl3(Codebook::Mcg, 4), exl3(Codebook::Mul1, 2), fp4];
+    for tokens in [1, 3, 5, 33, 130] {
+        for (hidden, intermediate) in [(64, 96), (256, 384)] {
+            for storages in [&rates[..1], &rates] {
+                runner.check(&ExpertMlpCase { hidden, intermediate, ..experts(tokens, storages) });
+            }
+        }
+        runner.check(&ExpertMlpCase { bias: true, residual: Add::Tensor, ..experts(tokens, &rates[1..]) });
     }
     for format in Format::ALL {
         let storage = quantized(format, format.fixed_group_size().unwrap_or(32));

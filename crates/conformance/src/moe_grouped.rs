@@ -1,5 +1,6 @@
 //! Products of rows with the weights of their experts, and the router's load-balancing loss.
 
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
 use marlin_ops::linear::Activation;
 use marlin_ops::moe::{AuxLossArgs, GroupedGemmArgs, RowOrder};
@@ -170,6 +171,9 @@ impl Case for GroupedCase {
         let bound = match self.out {
             DType::F16 => tolerance::LINEAR_F16,
             DType::BF16 => tolerance::LINEAR_BF16,
+            _ if self.storages.iter().any(Storage::rotates) => {
+                return vec![Tolerance::Blocks { block, bound: tolerance::EXL3_ROWS }];
+            }
             _ => return vec![Tolerance::Blocks { block, bound: tolerance::LINEAR }],
         };
         let absolute = vec![1e-4; self.tokens * self.top_k * n];
@@ -306,6 +310,12 @@ pub(crate) fn aux_loss_cases() -> Vec<impl Case + use<>> {
 }
 
 pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
+    let exl3 = [Storage::Exl3(Codebook::Mul1, 3), Storage::Exl3(Codebook::Mcg, 4), FP4];
+    for order in [Order::Token, Order::Sorted, Order::SortedRows] {
+        for tokens in [1, 17, 130] {
+            runner.check(&GroupedCase { bias: true, ..grouped(tokens, order, &exl3) });
+        }
+    }
     let mixed = [FP4, Storage::Quantized(Format::Int4U4, 64), DENSE[1], Storage::Quantized(Format::Nvfp4, 16)];
     const ORDERS: [Order; 3] = [Order::Token, Order::Sorted, Order::SortedRows];
     for order in ORDERS {

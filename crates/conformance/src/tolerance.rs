@@ -22,6 +22,13 @@ pub const LINEAR_BF16: f64 = 5e-3;
 /// activations are rounded to int8, where a hidden value within f32 rounding of a tie takes the neighbouring code.
 pub const GATED_MLP_ROUNDED: f64 = 8e-4;
 
+/// EXL3 with f32 outputs: share of `|svh|` times the RMS of the other outputs of the Hadamard block, before their `svh`.
+pub const EXL3: f64 = 2.5e-3;
+
+/// The same for f32 results of one or two EXL3 layers as relF: the specification's RMS of 3.4e-4, twice and with the
+/// growth that a product of the two brings.
+pub const EXL3_ROWS: f64 = 8e-4;
+
 /// Attention, relF per query and head; 16-bit I/O only in the specification.
 pub const ATTENTION: f64 = LINEAR;
 

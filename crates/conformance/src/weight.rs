@@ -3,6 +3,7 @@
 use std::fmt;
 
 use half::f16;
+use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift};
 use marlin_ops::{HostTensor, Result, Weight};
 
@@ -13,6 +14,14 @@ use crate::random::Random;
 pub(crate) enum Storage {
     Dense(DType),
     Quantized(Format, usize),
+    Exl3(Codebook, u32),
+}
+
+impl Storage {
+    /// Whether activations are rotated, which backends may round.
+    pub(crate) fn rotates(&self) -> bool {
+        matches!(self, Storage::Exl3(..))
+    }
 }
 
 impl fmt::Display for Storage {
@@ -20,6 +29,7 @@ impl fmt::Display for Storage {
         match self {
             Storage::Dense(dtype) => write!(f, "{}", dtype.name().to_lowercase()),
             Storage::Quantized(format, group_size) => write!(f, "{format}:g{group_size}"),
+            Storage::Exl3(codebook, bits) => write!(f, "exl3:{}:{bits}", codebook.name()),
         }
     }
 }
@@ -63,6 +73,21 @@ pub(crate) fn random_weight(
             let mut code = |_: usize, _: usize| finite_code(format, random.word());
             let codes: Vec<Vec<u8>> = (0..n).map(|n| (0..k).map(|k| code(n, k)).collect()).collect();
             Weight::quantized(matrix(format, group_size, &codes, scales, random)?)
+        }
+        Storage::Exl3(codebook, bits) => {
+            // Every stream of bits is a tile. Outputs in the padding have scales too: they must not matter.
+            let (padded_k, padded_n) = (k.next_multiple_of(HADAMARD), n.next_multiple_of(HADAMARD));
+            let words = padded_k / tile::SIDE * (padded_n / tile::SIDE) * tile::words(bits);
+            let mut scale = |size: f32| {
+                let magnitude = size * (0.75 + 0.5 * random.unit());
+                f16::from_f32(if random.below(2) == 0 { magnitude } else { -magnitude }).to_bits()
+            };
+            let suh = (0..padded_k).map(|_| scale(1.0 / 8.0)).collect();
+            let mut svh: Vec<u16> = (0..padded_n).map(|_| scale(1.0)).collect();
+            // An output that is its bias.
+            svh[n / 2] = if n > 2 { 0 } else { svh[n / 2] };
+            let trellis = (0..words).map(|_| random.word() as u16).collect();
+            Weight::exl3(Exl3Matrix { codebook, bits, in_features: k, out_features: n, trellis, suh, svh })
         }
     }
 }

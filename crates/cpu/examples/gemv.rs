@@ -7,6 +7,7 @@
 use std::time::Instant;
 
 use marlin_cpu::{Cpu, CpuOptions};
+use marlin_formats::exl3::{Codebook, Exl3Matrix};
 use marlin_formats::{DType, Format, Group, QuantizedMatrix, Scheme, StoredGroups};
 use marlin_ops::linear::{Activation, LinearArgs, Residual};
 use marlin_ops::rng::{Stream, random_word};
@@ -37,6 +38,14 @@ fn weight(format: Format, group_size: usize, seed: u64) -> Result<Weight> {
 fn dense(dtype: DType) -> Result<Weight> {
     let values: Vec<f32> = (0..N * K).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
     Weight::dense(HostTensor::from_f32_as(dtype, &[N, K], &values)?)
+}
+
+/// Random words: every bit pattern is a valid tile.
+fn exl3(codebook: Codebook, bits: u32) -> Result<Weight> {
+    let words = N * K / 16 * bits as usize;
+    let trellis = (0..words).map(|i| random_word(bits.into(), Stream::Weights, 1, 0, i as u32) as u16).collect();
+    let (suh, svh) = (vec![0x2400; K], vec![0x3C00; N]);
+    Weight::exl3(Exl3Matrix { codebook, bits, in_features: K, out_features: N, trellis, suh, svh })
 }
 
 fn rows(cpu: &Cpu, rows: usize, columns: usize) -> Result<Tensor<Cpu>> {
@@ -90,6 +99,15 @@ fn main() -> Result<()> {
         ("q6_k", weight(Format::Q6K, 16, 1)?),
         ("iq4_xs", weight(Format::Iq4Xs, 32, 1)?),
         ("bf16", dense(DType::BF16)?),
+        ("exl3 2 mul1", exl3(Codebook::Mul1, 2)?),
+        ("exl3 3 mul1", exl3(Codebook::Mul1, 3)?),
+        ("exl3 4 mul1", exl3(Codebook::Mul1, 4)?),
+        ("exl3 6 mul1", exl3(Codebook::Mul1, 6)?),
+        ("exl3 2 mcg", exl3(Codebook::Mcg, 2)?),
+        ("exl3 3 mcg", exl3(Codebook::Mcg, 3)?),
+        ("exl3 4 mcg", exl3(Codebook::Mcg, 4)?),
+        ("exl3 3 3inst", exl3(Codebook::ThreeInst, 3)?),
+        ("exl3 4 3inst", exl3(Codebook::ThreeInst, 4)?),
     ];
     let chosen: Vec<String> = std::env::args().skip(1).collect();
     for exact in [false, true] {

@@ -1,9 +1,11 @@
 //! Float conversion: integer bit manipulation in both directions, so that no value depends on the floating-point mode.
 
+use marlin_formats::exl3::HADAMARD;
 use marlin_ops::convert::{DequantizeArgs, WeightOrder};
 use marlin_ops::{ConvertOps, Result, Tensor};
 
 use crate::buffer::{Floats, FloatsMut};
+use crate::layout::Values;
 use crate::{Buffer, Cpu};
 
 /// Elements converted through one stretch of scratch.
@@ -42,6 +44,29 @@ impl ConvertOps for Cpu {
     fn run_dequantize(&self, args: DequantizeArgs<'_, Self>) -> Result<()> {
         let (weight, count, k) = (args.weight.data(), args.count(), args.weight.in_features());
         let mut target = FloatsMut::of("dequantize", "out", args.out)?;
+        if let Values::Exl3(q) = &weight.values {
+            // A Hadamard block of outputs at a time.
+            let mut block = self.workspace.doubles.take(HADAMARD * HADAMARD);
+            let mut columns = self.workspace.floats.take(HADAMARD * k);
+            let mut n = 0;
+            while n < count {
+                let width = (HADAMARD - (args.first + n) % HADAMARD).min(count - n);
+                let columns = &mut columns[..width * k];
+                q.columns(args.first + n, k, &mut block, columns);
+                match args.order {
+                    WeightOrder::OutputMajor => target.store(n * k, columns),
+                    WeightOrder::InputMajor => {
+                        for row in 0..k {
+                            let stretch: [f32; HADAMARD] =
+                                std::array::from_fn(|i| if i < width { columns[i * k + row] } else { 0.0 });
+                            target.store(row * count + n, &stretch[..width]);
+                        }
+                    }
+                }
+                n += width;
+            }
+            return Ok(());
+        }
         match args.order {
             WeightOrder::OutputMajor => {
                 let mut row = self.workspace.floats.take(k);

@@ -209,11 +209,11 @@ impl Device for Cpu {
     }
 
     fn prepare_weight(&self, weight: Weight) -> Result<PackedWeight> {
-        PackedWeight::new(&self.pool, weight)
+        PackedWeight::new(&self.pool, weight, self.exact)
     }
 
     fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<PackedExperts> {
-        PackedExperts::new(&self.pool, experts)
+        PackedExperts::new(&self.pool, experts, self.exact)
     }
 
     fn arithmetic(&self, data: &WeightData) -> Arithmetic {

@@ -3,10 +3,13 @@
 //!
 //! - codes: `[tiles][code_rows][16]` u32, the native words; rows are padded to whole blocks of 32 input features;
 //! - scales, zeros and offsets: `[tiles][groups][16]` in their stored type;
-//! - dense values: `[tiles][K][16]` in the stored dtype.
+//! - dense values: `[tiles][K][16]` in the stored dtype;
+//! - EXL3: see [`exl3`].
 //!
 //! Padding columns hold zeros. The last word of a planar unit is stored with its bits in the layout's [`CodeOrder`], so
 //! that high bits meet their low bits with shifts alone.
+
+pub(crate) mod exl3;
 
 use half::f16;
 use marlin_formats::pack::Layout;
@@ -14,6 +17,7 @@ use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shi
 use marlin_ops::activation::ACTIVATION_BLOCK;
 use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
 
+use self::exl3::{Exl3, SPAN};
 use crate::pool::Pool;
 use crate::simd::{LANES, Line};
 
@@ -35,12 +39,20 @@ pub(crate) struct PackedExpert {
     pub(crate) down: PackedWeight,
 }
 
+impl PackedExpert {
+    /// Tiles of the hidden vector that are computed together.
+    pub(crate) fn hidden_step(&self) -> usize {
+        self.gate.step().max(self.up.step())
+    }
+}
+
 /// Stored values of a weight.
 pub(crate) enum Values {
     F32(Vec<Line<f32>>),
     F16(Vec<[u16; LANES]>),
     BF16(Vec<[u16; LANES]>),
     Quantized(Box<Quantized>),
+    Exl3(Exl3),
 }
 
 /// Codes, scales and zeros of a weight.
@@ -115,13 +127,16 @@ impl CodeOrder {
 }
 
 impl PackedWeight {
-    /// Repacks a host weight.
-    pub(crate) fn new(pool: &Pool, weight: Weight) -> Result<Self> {
+    /// Repacks a host weight. `exact` asks for exactly the values that the format defines.
+    pub(crate) fn new(pool: &Pool, weight: Weight, exact: bool) -> Result<Self> {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
         let values = match &weight.data {
             WeightData::Dense(tensor) => pack_dense(pool, tensor, out_features, in_features)?,
             WeightData::Quantized(matrix) => Values::Quantized(Box::new(pack_quantized(pool, matrix)?)),
-            WeightData::Exl3(_) => return Err(OpError::value("weight", "format", "exl3 does not run on the CPU yet")),
+            WeightData::Exl3(matrix) => {
+                matrix.validate()?;
+                Values::Exl3(Exl3::new(pool, matrix, exact))
+            }
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
@@ -129,6 +144,22 @@ impl PackedWeight {
     /// Tiles of sixteen output columns.
     pub(crate) fn tiles(&self) -> usize {
         self.out_features.div_ceil(LANES)
+    }
+
+    /// Tiles that are computed together whatever they belong to.
+    pub(crate) fn step(&self) -> usize {
+        match &self.values {
+            Values::Exl3(_) => SPAN,
+            _ => 1,
+        }
+    }
+
+    /// Input features of the stored matrix.
+    pub(crate) fn stored_features(&self) -> usize {
+        match &self.values {
+            Values::Exl3(q) => q.suh.len(),
+            _ => self.in_features,
+        }
     }
 
     /// Whether tiles of both can be computed together: quantized in the same way.
@@ -148,6 +179,7 @@ impl PackedWeight {
                 let shifts = q.shifts.as_ref().map_or(0, Scales::size_in_bytes);
                 size_of_val(&q.codes[..]) + q.scales.size_in_bytes() + shifts
             }
+            Values::Exl3(q) => q.size_in_bytes(),
         };
         values + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
     }
@@ -187,6 +219,7 @@ impl PackedWeight {
                 }
             }
             Values::Quantized(q) => q.column(tile, lane, out),
+            Values::Exl3(q) => q.column(n, out),
         }
     }
 }
@@ -420,12 +453,12 @@ fn reorder_high_bits(layout: Layout, word: u32) -> u32 {
 
 impl PackedExperts {
     /// Repacks all experts.
-    pub(crate) fn new(pool: &Pool, experts: Vec<ExpertWeights>) -> Result<Self> {
+    pub(crate) fn new(pool: &Pool, experts: Vec<ExpertWeights>, exact: bool) -> Result<Self> {
         let pack = |expert: ExpertWeights| -> Result<PackedExpert> {
             Ok(PackedExpert {
-                gate: PackedWeight::new(pool, expert.gate)?,
-                up: PackedWeight::new(pool, expert.up)?,
-                down: PackedWeight::new(pool, expert.down)?,
+                gate: PackedWeight::new(pool, expert.gate, exact)?,
+                up: PackedWeight::new(pool, expert.up, exact)?,
+                down: PackedWeight::new(pool, expert.down, exact)?,
             })
         };
         Ok(Self(experts.into_iter().map(pack).collect::<Result<_>>()?))

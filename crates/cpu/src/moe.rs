@@ -17,6 +17,7 @@ use marlin_ops::{MoeOps, Result};
 
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, optional_f32s, u32s, u32s_mut};
+use crate::layout::exl3::SPAN;
 use crate::layout::{PackedExpert, PackedExperts};
 use crate::linear::{Activations, Addend, Gated};
 use crate::simd::{Kernel, LANES, Line, Simd};
@@ -231,10 +232,12 @@ impl<'a> ExpertMlp<'a> {
         out
     }
 
-    /// Lines per slot, a multiple of the task length `grain`.
-    fn padded_tiles(&self, columns: usize) -> (usize, usize) {
+    /// Lines per slot, a multiple of the task length `grain`, and that, a multiple of the longest step of a chosen
+    /// expert's weights.
+    fn padded_tiles(&self, columns: usize, step: impl Fn(&PackedExpert) -> usize) -> (usize, usize) {
         let (slots, tiles) = (self.ids.len(), columns.div_ceil(LANES));
-        let grain = self.cpu.pool.grain(slots * tiles).min(tiles.max(1));
+        let step = (0..slots).map(|slot| step(self.expert(slot))).max().unwrap_or(1);
+        let grain = self.cpu.pool.grain(slots * tiles).min(tiles.max(1)).next_multiple_of(step);
         (tiles.next_multiple_of(grain), grain)
     }
 
@@ -243,19 +246,19 @@ impl<'a> ExpertMlp<'a> {
         let cpu = self.cpu;
         let slots = self.ids.len();
         let x = self.activations(false);
-        let (tiles, grain) = self.padded_tiles(self.intermediate);
+        let (tiles, grain) = self.padded_tiles(self.intermediate, PackedExpert::hidden_step);
         let mut hidden = cpu.workspace.lines.take(slots * tiles);
         let work = slots * self.hidden * self.intermediate;
         cpu.pool.for_chunks_of(2 * work, &mut hidden, grain, |i, lines| {
             let (slot, first) = (i * grain / tiles, i * grain % tiles);
             let (expert, token) = (self.expert(slot), slot / self.top_k);
             let mut panels = cpu.panels(self.hidden);
-            let mut acc = [Line::default(); 2];
-            let tiles = first..(first + grain).min(expert.gate.tiles());
-            for (tile, line) in tiles.zip(lines) {
-                let rows = token..token + 1;
-                cpu.gated_tile(&self.gated(expert), tile, &x, rows, &mut panels, &mut acc);
-                *line = acc[0];
+            let mut acc = [Line::default(); 2 * SPAN];
+            let (gated, step, end) = (self.gated(expert), expert.hidden_step(), expert.gate.tiles());
+            for (tile, lines) in (first..end).step_by(step).zip(lines.chunks_exact_mut(step)) {
+                let (tiles, rows) = (tile..end.min(tile + step), token..token + 1);
+                cpu.gated_tiles(&gated, tiles, &x, rows, &mut panels, &mut acc[..2 * step]);
+                lines.copy_from_slice(&acc[..step]);
             }
         });
         let mut rows = cpu.workspace.floats.take(slots * self.intermediate);
@@ -269,17 +272,19 @@ impl<'a> ExpertMlp<'a> {
         for slot in 0..slots {
             cpu.prepare_activations(&mut h, &[&self.expert(slot).down], false);
         }
-        let (tiles, grain) = self.padded_tiles(self.hidden);
+        let (tiles, grain) = self.padded_tiles(self.hidden, |expert| expert.down.step());
         let mut partial = cpu.workspace.lines.take(slots * tiles);
         cpu.pool.for_chunks_of(work, &mut partial, grain, |i, lines| {
             let (slot, first) = (i * grain / tiles, i * grain % tiles);
             let down = &self.expert(slot).down;
             let mut panels = cpu.panels(self.intermediate);
-            let tiles = first..(first + grain).min(down.tiles());
-            for (tile, line) in tiles.zip(lines) {
-                let acc = std::slice::from_mut(line);
-                cpu.multiply_tile(down, tile, &h, slot..slot + 1, &mut panels, acc);
-                self.add_bias(down.bias_line(tile), acc);
+            let (step, end) = (down.step(), down.tiles());
+            for (tile, lines) in (first..end).step_by(step).zip(lines.chunks_exact_mut(step)) {
+                let tiles = tile..end.min(tile + step);
+                cpu.multiply_any(down, tiles.clone(), &h, slot..slot + 1, &mut panels, lines);
+                for (tile, line) in tiles.zip(lines.chunks_exact_mut(1)) {
+                    self.add_bias(down.bias_line(tile), line);
+                }
             }
         });
         for (t, out) in out.chunks_exact_mut(self.hidden).enumerate() {
@@ -349,18 +354,26 @@ impl<'a> ExpertMlp<'a> {
         let (cpu, count) = (self.cpu, rows.len());
         let gated = Gated { gate: &expert.gate, up: &expert.up, activation: self.activation };
         let mut panels = cpu.panels(self.hidden.max(self.intermediate));
-        let mut acc = cpu.workspace.lines.take(2 * count);
+        let (step, down_step) = (gated.step(), expert.down.step());
+        let mut acc = cpu.workspace.lines.take((2 * step).max(down_step) * count);
         let mut hidden = cpu.workspace.floats.take(count * self.intermediate);
-        for tile in 0..expert.gate.tiles() {
-            cpu.gated_tile(&gated, tile, x, rows.clone(), &mut panels, &mut acc);
-            copy_tile(&acc[..count], tile, expert.gate.columns(tile), &mut hidden);
+        let end = expert.gate.tiles();
+        for tile in (0..end).step_by(step) {
+            let tiles = tile..end.min(tile + step);
+            cpu.gated_tiles(&gated, tiles.clone(), x, rows.clone(), &mut panels, &mut acc[..2 * step * count]);
+            for (tile, lines) in tiles.zip(acc.chunks_exact(count)) {
+                copy_tile(lines, tile, expert.gate.columns(tile), &mut hidden);
+            }
         }
         let h = cpu.activations(&hidden, self.intermediate, &[&expert.down], false);
-        let acc = &mut acc[..count];
-        for tile in 0..expert.down.tiles() {
-            cpu.multiply_tile(&expert.down, tile, &h, 0..count, &mut panels, acc);
-            self.add_bias(expert.down.bias_line(tile), acc);
-            copy_tile(acc, tile, expert.down.columns(tile), out);
+        let end = expert.down.tiles();
+        for tile in (0..end).step_by(down_step) {
+            let tiles = tile..end.min(tile + down_step);
+            cpu.multiply_any(&expert.down, tiles.clone(), &h, 0..count, &mut panels, &mut acc);
+            for (tile, lines) in tiles.zip(acc.chunks_exact_mut(count)) {
+                self.add_bias(expert.down.bias_line(tile), lines);
+                copy_tile(lines, tile, expert.down.columns(tile), out);
+            }
         }
     }
 }

@@ -3,8 +3,10 @@
 mod common;
 
 use common::{Computation, check, normals, poisoned, upload, upload_ids};
+use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::{DType, Format, Group, QuantizedMatrix, ScaleKind, Scheme, Shift, StoredGroups};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
+use marlin_ops::rng::{Stream, random_word};
 use marlin_ops::{Backend, HostTensor, Linear, Result, Weight};
 
 struct Product {
@@ -151,6 +153,80 @@ fn dense_weights() {
             let host = HostTensor::from_f32_as(dtype, &[n, k], &normals(n * k, 5)).unwrap();
             let product = Product::new(Weight::dense(host).unwrap(), m);
             check(&product, true, 2e-6, &format!("{dtype:?} {m}x{k}x{n}"));
+        }
+    }
+}
+
+/// Random words: every stream of bits is a tile.
+fn exl3(codebook: Codebook, bits: u32, n: usize, k: usize) -> Weight {
+    let (padded_k, padded_n) = (k.next_multiple_of(HADAMARD), n.next_multiple_of(HADAMARD));
+    let words = padded_k / tile::SIDE * (padded_n / tile::SIDE) * tile::words(bits);
+    let word = |part: u32, i: usize| random_word(bits.into(), Stream::Weights, part, 0, i as u32);
+    let trellis = (0..words).map(|i| word(0, i) as u16).collect();
+    // Magnitudes from 1/2 to 1 of both signs.
+    let scales = |part, count| (0..count).map(|i| 0x3800 | (word(part, i) & 0x83FF) as u16).collect();
+    let (suh, svh) = (scales(1, padded_k), scales(2, padded_n));
+    Weight::exl3(Exl3Matrix { codebook, bits, in_features: k, out_features: n, trellis, suh, svh }).unwrap()
+}
+
+/// relF of EXL3 products in a mode. The fast mode leaves out the rounding of values to f16, 1.4e-4 of a value.
+fn exl3_tolerance(exact: bool) -> f64 {
+    if exact { 2e-6 } else { 4e-4 }
+}
+
+#[test]
+fn exl3_of_every_rate() {
+    for codebook in Codebook::ALL {
+        for bits in 1..=8 {
+            for (m, k, n) in [(1, 256, 128), (1, 1000, 40), (3, 200, 130), (13, 640, 16)] {
+                let product = Product::new(exl3(codebook, bits, n, k), m);
+                for exact in [true, false] {
+                    let what = format!("{codebook:?} {bits} bits {m}x{k}x{n} exact {exact}");
+                    check(&product, exact, exl3_tolerance(exact), &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn many_exl3_rows_take_the_row_split() {
+    for codebook in [Codebook::Mul1, Codebook::Mcg] {
+        let product = Product::new(exl3(codebook, 3, 150, 160), 401);
+        for exact in [true, false] {
+            check(&product, exact, exl3_tolerance(exact), "401 rows");
+        }
+    }
+}
+
+#[test]
+fn an_exl3_row_does_not_depend_on_its_batch() {
+    for codebook in Codebook::ALL {
+        let weight = exl3(codebook, 3, 150, 700);
+        let batch = Product::new(weight.clone(), 19);
+        for exact in [true, false] {
+            for cpu in common::cpus(exact) {
+                let together = batch.run(&cpu).unwrap();
+                for row in [0, 7, 16, 18] {
+                    let mut alone = Product::new(weight.clone(), 1);
+                    alone.x.copy_from_slice(&batch.x[row * 700..][..700]);
+                    let expected = alone.run(&cpu).unwrap();
+                    assert_eq!(together[row * 150..][..150], expected[..], "{codebook:?} {:?}", cpu.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_spoils_its_own_exl3_row_alone() {
+    for codebook in Codebook::ALL {
+        let mut product = Product::new(exl3(codebook, 4, 40, 300), 3);
+        product.x[300 + 17] = f32::NAN;
+        for cpu in [true, false].into_iter().flat_map(common::cpus) {
+            let found = product.run(&cpu).unwrap();
+            assert!(found[40..80].iter().all(|v| v.is_nan()), "{codebook:?} {:?}", cpu.isa());
+            assert!(found[..40].iter().chain(&found[80..]).all(|v| v.is_finite()), "{codebook:?} {:?}", cpu.isa());
         }
     }
 }

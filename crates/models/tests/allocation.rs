@@ -22,7 +22,8 @@ const STRETCHES: u32 = 6;
 #[test]
 fn decoding_does_not_allocate() {
     let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/marlin-stories-int4");
-    let folders = [bundled, common::golden_folder("qwen3-base"), common::golden_folder("qwen3_moe-base")];
+    let exl3 = common::golden_folder("../golden_exl3/tiny_llama");
+    let folders = [bundled, common::golden_folder("qwen3-base"), common::golden_folder("qwen3_moe-base"), exl3];
     for dir in folders {
         for (exact, threads) in [(false, 1), (false, 2), (true, 2)] {
             let options = CpuOptions { exact, threads: Some(threads), ..CpuOptions::default() };

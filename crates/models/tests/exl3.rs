@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{golden_folder, max_difference, try_load};
+use marlin_cpu::{Cpu, CpuOptions, Isa};
 use marlin_models::{Checkpoint, KvCache, Logits, ModelConfig, ModelError};
 use marlin_ops::oracle::Oracle;
 use marlin_ops::{Backend, WeightData};
@@ -52,6 +53,20 @@ fn check_logits<B: Backend>(backend: B) {
 #[test]
 fn the_oracle_gives_the_logits_of_the_runtime() {
     check_logits(Oracle::new());
+}
+
+/// In both modes, on every instruction set of this machine.
+#[test]
+fn the_cpu_gives_the_logits_of_the_runtime() {
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon] {
+        for exact in [true, false] {
+            match Cpu::new(CpuOptions { exact, isa, ..CpuOptions::default() }) {
+                Ok(cpu) => check_logits(cpu),
+                // Only the portable one exists on every machine.
+                Err(error) => assert_ne!(isa, Isa::Portable, "{error}"),
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Multi-head latent attention. `kv_b` is always decoded to f32: it is part of the attention, not a linear layer of the
 //! fast mode.
 
+mod exl3;
+
 use std::ops::Range;
 
 use marlin_ops::Result;
@@ -10,7 +12,7 @@ use super::EmptyRows;
 use super::flash::{CacheRows, Flash, Query, padded};
 use crate::Cpu;
 use crate::buffer::{Floats, f32s, f32s_mut};
-use crate::layout::PackedWeight;
+use crate::layout::{PackedWeight, Values};
 use crate::linear::decode::{PANEL, decode_panel};
 use crate::linear::{Activations, Panels};
 use crate::simd::{Kernel, LANES, Line, Simd};
@@ -91,7 +93,7 @@ impl<'a> Mla<'a> {
         let (cpu, d) = (self.cpu, self.dims);
         let (kv_len, expanded_width) = (self.kv_len[b], d.nope + d.value);
         let mut expanded = cpu.workspace.floats.take(kv_len * expanded_width);
-        let x = cpu.activations(latent, d.rank, &[], false);
+        let x = cpu.activations(latent, d.rank, &[], false).f32_only();
         let columns = h * expanded_width..(h + 1) * expanded_width;
         cpu.multiply_columns(self.kv_b, columns, &x, kv_len, |row, at, values| {
             expanded[row * expanded_width + at..][..values.len()].copy_from_slice(values);
@@ -157,12 +159,12 @@ impl<'a> Mla<'a> {
         let mut absorbed = cpu.workspace.floats.take(d.heads * rows * d.rank);
         let projection = rows * d.heads * d.nope.max(d.value) * d.rank;
         cpu.pool.for_chunks_of(projection, &mut absorbed, rows * d.rank, |h, out| {
-            cpu.level.run(Absorb {
-                mla: &self,
-                head: h,
-                lines: &mut cpu.workspace.lines.take(PANEL * (rows + 1)),
-                out,
-            });
+            let (mla, head) = (&self, h);
+            let lines = &mut cpu.workspace.lines.take(exl3::LINES * (rows + 1));
+            match &self.kv_b.values {
+                Values::Exl3(weight) => cpu.level.run(exl3::Absorb { mla, weight, head, lines, out }),
+                _ => cpu.level.run(Absorb { mla, head, lines, out }),
+            }
         });
         // Rows of one sequence are [Sq, H]; tasks take `block` of them.
         let value_width = padded(d.rank);
@@ -241,7 +243,7 @@ impl<'a> Mla<'a> {
             let at = (b * sequence_rows + r) * width;
             x.copy_from_slice(&latent[at..at + d.rank]);
         }
-        let x = cpu.activations(&x, d.rank, &[], false);
+        let x = cpu.activations(&x, d.rank, &[], false).f32_only();
         let first = h * (d.nope + d.value) + d.nope;
         cpu.multiply_columns(self.kv_b, first..first + d.value, &x, rows, |row, at, values| {
             out[row * d.value + at..][..values.len()].copy_from_slice(values);
@@ -268,17 +270,23 @@ impl Cpu {
         mut store: impl FnMut(usize, usize, &[f32]),
     ) {
         let mut panels: Panels<'_> = self.panels(weight.in_features);
-        let mut acc = [Line::default(); ROW_BLOCK];
-        for tile in columns.start / LANES..columns.end.div_ceil(LANES) {
-            let first = columns.start.max(tile * LANES);
-            let end = columns.end.min((tile + 1) * LANES);
-            let lanes = first - tile * LANES..end - tile * LANES;
+        let step = weight.step();
+        let mut acc = self.workspace.lines.take(step * ROW_BLOCK);
+        for tile in (columns.start / LANES / step * step..columns.end.div_ceil(LANES)).step_by(step) {
+            let tiles = tile..weight.tiles().min(tile + step);
             for start in (0..rows).step_by(ROW_BLOCK) {
                 let count = ROW_BLOCK.min(rows - start);
-                let acc = &mut acc[..count];
-                self.multiply_tile(weight, tile, x, start..start + count, &mut panels, acc);
-                for (r, line) in acc.iter().enumerate() {
-                    store(start + r, first - columns.start, &line.0[lanes.clone()]);
+                self.multiply_any(weight, tiles.clone(), x, start..start + count, &mut panels, &mut acc);
+                for (tile, lines) in tiles.clone().zip(acc.chunks_exact(count)) {
+                    let first = columns.start.max(tile * LANES);
+                    let end = columns.end.min((tile + 1) * LANES);
+                    if first >= end {
+                        continue;
+                    }
+                    let lanes = first - tile * LANES..end - tile * LANES;
+                    for (r, line) in lines.iter().enumerate() {
+                        store(start + r, first - columns.start, &line.0[lanes.clone()]);
+                    }
                 }
             }
         }
@@ -301,6 +309,7 @@ impl Kernel for Absorb<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let (d, kv_b) = (self.mla.dims, self.mla.kv_b);
         let (panel, sums) = self.lines.split_at_mut(PANEL);
+        let sums = &mut sums[..self.out.len() / d.rank * PANEL];
         let first = self.head * (d.nope + d.value);
         for k0 in (0..d.rank).step_by(PANEL) {
             let count = PANEL.min(d.rank - k0);

@@ -3,6 +3,7 @@
 use marlin_formats::Levels;
 use marlin_formats::pack::Layout;
 
+use super::exl3;
 use crate::layout::{PackedWeight, Quantized, Scales, Values, high_position};
 use crate::simd::{Line, Simd};
 
@@ -10,7 +11,7 @@ use crate::simd::{Line, Simd};
 pub(crate) const PANEL: usize = 256;
 
 /// Decodes input features `k0 .. k0 + count` (at most [`PANEL`], `k0` a multiple of 32) of a tile. Lines of `panel` past
-/// `count` may be overwritten.
+/// `count` may be overwritten. Of EXL3 it decodes the matrix between the rotations; `count` is a multiple of 16 there.
 #[inline(always)]
 pub(crate) fn decode_panel<S: Simd>(
     s: S,
@@ -37,6 +38,7 @@ pub(crate) fn decode_panel<S: Simd>(
             decode_quantized::<S, true>(s, q, tile, k0, count, panel);
         }
         Values::Quantized(q) => decode_quantized::<S, false>(s, q, tile, k0, count, panel),
+        Values::Exl3(q) => exl3::decode_panel(s, q, tile, k0, &mut panel[..count]),
     }
 }
 

@@ -17,8 +17,9 @@ pub(super) fn multiply<S: Simd>(
     acc: &mut [Line<f32>],
 ) {
     acc.fill(Line::default());
-    for k0 in (0..weight.in_features).step_by(PANEL) {
-        let count = PANEL.min(weight.in_features - k0);
+    let features = weight.stored_features();
+    for k0 in (0..features).step_by(PANEL) {
+        let count = PANEL.min(features - k0);
         decode_panel(s, weight, tile, k0, count, panel);
         let panel = &panel[..count];
         let mut r = 0;

@@ -7,6 +7,7 @@ mod batched;
 pub(crate) mod decode;
 pub(crate) mod epilogue;
 mod exact;
+pub(crate) mod exl3;
 mod int8;
 
 use std::ops::Range;
@@ -18,10 +19,13 @@ use marlin_ops::linear::{
 };
 use marlin_ops::{LinearOps, Result};
 
+pub(crate) use self::exl3::RotatedBlock;
+use self::exl3::{ForWeight, PREPARED};
 pub(crate) use self::int8::ActivationBlock;
 use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
 use crate::buffer::{f32s, f32s_mut, u32s};
+use crate::layout::exl3::SPAN;
 use crate::layout::{CodeOrder, PackedWeight, Values};
 use crate::norm::{Input, RmsNorm};
 use crate::pool::LEAST_WORK;
@@ -36,6 +40,7 @@ const MOST_ROWS: usize = 288;
 const CACHED_BYTES: usize = 640 << 10;
 /// Tiles whose columns are written together, row by row.
 const WRITTEN_TILES: usize = 8;
+const _: () = assert!(WRITTEN_TILES.is_multiple_of(SPAN));
 /// Rows of one pass over the widest kernel's registers.
 const ROW_STEP: usize = 6;
 
@@ -68,6 +73,9 @@ pub(crate) struct Activations<'a> {
     x: &'a [f32],
     columns: usize,
     int8: [Option<Scratch<'a, ActivationBlock>>; 3],
+    rotated: [Option<ForWeight<'a>>; PREPARED],
+    /// No weight takes quantized activations.
+    f32_only: bool,
     /// Row numbers, when the rows of a product are not consecutive.
     index: Option<&'a [u32]>,
 }
@@ -76,6 +84,12 @@ impl<'a> Activations<'a> {
     /// Row i of products is `index[i]`.
     pub(crate) fn with_index(mut self, index: &'a [u32]) -> Self {
         self.index = Some(index);
+        self
+    }
+
+    /// Products of these rows are never quantized.
+    pub(crate) fn f32_only(mut self) -> Self {
+        self.f32_only = true;
         self
     }
 }
@@ -87,6 +101,8 @@ pub(crate) struct Panels<'a> {
     in_features: usize,
     floats: Option<Scratch<'a, Line<f32>>>,
     codes: Option<Scratch<'a, Line<u32>>>,
+    /// The latest rotated rows of the task's own.
+    rotated: [Option<ForWeight<'a>>; 2],
 }
 
 impl Panels<'_> {
@@ -119,7 +135,14 @@ impl Cpu {
         weights: &[&PackedWeight],
         spread: bool,
     ) -> Activations<'a> {
-        let mut out = Activations { x, columns, int8: [None, None, None], index: None };
+        let mut out = Activations {
+            x,
+            columns,
+            int8: [None, None, None],
+            rotated: [const { None }; PREPARED],
+            f32_only: false,
+            index: None,
+        };
         self.prepare_activations(&mut out, weights, spread);
         out
     }
@@ -151,6 +174,15 @@ impl Cpu {
         }
     }
 
+    /// Rotates all rows, instead of each task its own, for the weights that take rotated ones.
+    fn rotate_activations<'a>(&'a self, activations: &mut Activations<'a>, weights: &[&PackedWeight]) {
+        for weight in weights {
+            if let Values::Exl3(q) = &weight.values {
+                self.prepare_rotated(activations, q);
+            }
+        }
+    }
+
     /// Rows of `columns` after an operation's input norm; none without one.
     fn normalized(
         &self,
@@ -172,26 +204,33 @@ impl Cpu {
     /// Several products of one row, shared out as one.
     fn project_row(&self, x: &Activations<'_>, projections: &mut [Projection<'_, Self>]) -> Result<()> {
         let weights = |i: usize| projections[i].weight.data();
-        let tiles = (0..projections.len()).map(|i| weights(i).tiles()).sum();
+        let step = (0..projections.len()).map(|i| weights(i).step()).max().unwrap_or(1);
+        // The tiles of a weight and those that fill up its last step.
+        let padded = |weight: &PackedWeight| weight.tiles().next_multiple_of(step);
+        let tiles = (0..projections.len()).map(|i| padded(weights(i))).sum();
         let mut lines = self.workspace.lines.take(tiles);
-        let grain = self.pool.grain(tiles);
+        let grain = self.pool.grain(tiles).next_multiple_of(step);
         self.pool.for_chunks_of(tiles * LANES * x.columns, &mut lines, grain, |i, lines| {
             let mut panels = self.panels(x.columns);
             // The tile's weight, and its number there.
             let (mut weight, mut tile) = (0, i * grain);
-            for line in lines {
-                while tile >= weights(weight).tiles() {
-                    tile -= weights(weight).tiles();
+            for lines in lines.chunks_exact_mut(step) {
+                while tile >= padded(weights(weight)) {
+                    tile -= padded(weights(weight));
                     weight += 1;
                 }
-                let layer = Layer { weight: weights(weight), activation: Activation::None, scale: 1.0 };
-                self.linear_tiles(&layer, tile..tile + 1, x, 0..1, &mut panels, std::slice::from_mut(line));
-                tile += 1;
+                let end = weights(weight).tiles().min(tile + step);
+                self.multiply_any(weights(weight), tile..end, x, 0..1, &mut panels, lines);
+                if weights(weight).bias.is_some() {
+                    let layer = Layer { weight: weights(weight), activation: Activation::None, scale: 1.0 };
+                    self.finish(&layer, tile..end, 1, lines);
+                }
+                tile += step;
             }
         });
         let mut lines = &lines[..];
         for Projection { weight, out } in projections {
-            let (own, others) = lines.split_at(weight.data().tiles());
+            let (own, others) = lines.split_at(padded(weight.data()));
             for (line, out) in own.iter().zip(f32s_mut("projections", "out", out)?.chunks_mut(LANES)) {
                 out.copy_from_slice(&line.0[..out.len()]);
             }
@@ -202,7 +241,7 @@ impl Cpu {
 
     /// Scratch for products with weights of at most `in_features`.
     pub(crate) fn panels(&self, in_features: usize) -> Panels<'_> {
-        Panels { cpu: self, in_features, floats: None, codes: None }
+        Panels { cpu: self, in_features, floats: None, codes: None, rotated: [None, None] }
     }
 
     /// `acc[t][r] = x[rows[r]] W_t` for the columns of one or two tiles; two tiles share a format and size.
@@ -249,7 +288,29 @@ impl Cpu {
         self.multiply_tiles(&[(weight, tile)], x, rows, panels, acc);
     }
 
-    /// Products of one or two consecutive tiles, then bias, activation and scale; `acc` is `[tiles][rows]`.
+    /// [`Cpu::multiply_tile`] of consecutive tiles, at most [`PackedWeight::step`] of them with the first a multiple of
+    /// it where that is not 1. `acc` is `[tiles][rows]` with room for a whole step.
+    pub(crate) fn multiply_any(
+        &self,
+        weight: &PackedWeight,
+        tiles: Range<usize>,
+        x: &Activations<'_>,
+        rows: Range<usize>,
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
+        let count = rows.len();
+        if let Values::Exl3(q) = &weight.values {
+            let acc = &mut acc[..SPAN * count];
+            return self.multiply_span((weight, q), tiles.start / SPAN, x, rows, panels, acc);
+        }
+        for (tile, acc) in tiles.zip(acc.chunks_exact_mut(count)) {
+            self.multiply_tile(weight, tile, x, rows.clone(), panels, acc);
+        }
+    }
+
+    /// Products of one or two consecutive tiles, or of a step of a weight that has longer ones (see
+    /// [`Cpu::multiply_any`]), then bias, activation and scale; `acc` is `[tiles][rows]`.
     pub(crate) fn linear_tiles(
         &self,
         layer: &Layer<'_>,
@@ -259,16 +320,26 @@ impl Cpu {
         panels: &mut Panels<'_>,
         acc: &mut [Line<f32>],
     ) {
-        let (weight, count) = (layer.weight, rows.len());
-        let pair = [(weight, tiles.start), (weight, tiles.start + 1)];
-        self.multiply_tiles(&pair[..tiles.len()], x, rows, panels, acc);
-        let sums_only = layer.activation == Activation::None && layer.scale == 1.0 && weight.bias.is_none();
-        if sums_only {
-            return;
+        let weight = layer.weight;
+        let acc = &mut acc[..tiles.len().max(weight.step()) * rows.len()];
+        match weight.step() {
+            1 => {
+                let pair = [(weight, tiles.start), (weight, tiles.start + 1)];
+                self.multiply_tiles(&pair[..tiles.len()], x, rows.clone(), panels, acc);
+            }
+            _ => self.multiply_any(weight, tiles.clone(), x, rows.clone(), panels, acc),
         }
+        let sums_only = layer.activation == Activation::None && layer.scale == 1.0 && weight.bias.is_none();
+        if !sums_only {
+            self.finish(layer, tiles, rows.len(), acc);
+        }
+    }
+
+    /// Bias, activation and scale of some tiles; `acc` is `[tiles][rows]`, possibly with room for more tiles.
+    fn finish(&self, layer: &Layer<'_>, tiles: Range<usize>, count: usize, acc: &mut [Line<f32>]) {
         for (tile, lines) in tiles.zip(acc.chunks_exact_mut(count)) {
             self.level.run(epilogue::Finish {
-                bias: weight.bias_line(tile),
+                bias: layer.weight.bias_line(tile),
                 activation: layer.activation,
                 scale: layer.scale,
                 lines,
@@ -276,11 +347,12 @@ impl Cpu {
         }
     }
 
-    /// One tile of `act(x Wg) * (x Wu)`; `acc` has two lines per row, the results in the first half.
-    pub(crate) fn gated_tile(
+    /// A step of `act(x Wg) * (x Wu)`, see [`Gated::step`]; `acc` has two lines per row and tile of a whole step, the
+    /// results in the first half.
+    pub(crate) fn gated_tiles(
         &self,
         gated: &Gated<'_>,
-        tile: usize,
+        tiles: Range<usize>,
         x: &Activations<'_>,
         rows: Range<usize>,
         panels: &mut Panels<'_>,
@@ -288,23 +360,27 @@ impl Cpu {
     ) {
         let count = rows.len();
         if gated.gate.pairs_with(gated.up) {
+            let tile = tiles.start;
             self.multiply_tiles(&[(gated.gate, tile), (gated.up, tile)], x, rows, panels, acc);
         } else {
-            self.multiply_tile(gated.gate, tile, x, rows.clone(), panels, &mut acc[..count]);
-            self.multiply_tile(gated.up, tile, x, rows, panels, &mut acc[count..]);
+            let (gate, up) = acc.split_at_mut(acc.len() / 2);
+            self.multiply_any(gated.gate, tiles.clone(), x, rows.clone(), panels, gate);
+            self.multiply_any(gated.up, tiles.clone(), x, rows, panels, up);
         }
-        let (gate, up) = acc.split_at_mut(count);
-        self.level.run(epilogue::Combine {
-            gate_bias: gated.gate.bias_line(tile),
-            up_bias: gated.up.bias_line(tile),
-            activation: gated.activation,
-            gate,
-            up,
-        });
+        let (gate, up) = acc.split_at_mut(acc.len() / 2);
+        for (tile, (gate, up)) in tiles.zip(gate.chunks_exact_mut(count).zip(up.chunks_exact(count))) {
+            self.level.run(epilogue::Combine {
+                gate_bias: gated.gate.bias_line(tile),
+                up_bias: gated.up.bias_line(tile),
+                activation: gated.activation,
+                gate,
+                up,
+            });
+        }
     }
 
     /// Fills `out`, rows of `columns`, from lines `[tiles][rows]` that `produce(tiles, rows, panels, acc)` computes at
-    /// the start of `acc`, for up to `shape.step` tiles at a time; `acc` has [`PAIR`] lines per row.
+    /// the start of `acc`, for up to `shape.step` tiles at a time; `acc` has `shape.lines` lines per row.
     fn fill(
         &self,
         shape: Shape,
@@ -312,7 +388,7 @@ impl Cpu {
         out: &mut [f32],
         produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
     ) {
-        let Shape { rows: m, columns: n, in_features: k, step } = shape;
+        let Shape { rows: m, columns: n, in_features: k, step, lines: per_row } = shape;
         let tiles = n.div_ceil(LANES);
         let grain = match m * n * k < LEAST_WORK {
             true => tiles,
@@ -322,11 +398,11 @@ impl Cpu {
         if m == 1 {
             self.pool.for_chunks(out, grain * LANES, |i, out| {
                 let mut panels = self.panels(k);
-                let mut acc = [Line::default(); PAIR];
+                let mut acc = [Line::default(); PAIR * SPAN];
                 for (t, out) in out.chunks_mut(step * LANES).enumerate() {
                     let tile = i * grain + t * step;
                     let count = out.len().div_ceil(LANES);
-                    produce(tile..tile + count, 0..1, &mut panels, &mut acc);
+                    produce(tile..tile + count, 0..1, &mut panels, &mut acc[..per_row]);
                     for (t, out) in out.chunks_mut(LANES).enumerate() {
                         residual.write((tile + t) * LANES, &acc[t], out);
                     }
@@ -337,11 +413,11 @@ impl Cpu {
             self.pool.for_chunks(out, block * n, |i, out| {
                 let (rows, first) = (out.len() / n, i * block);
                 let mut panels = self.panels(k);
-                let mut acc = self.workspace.lines.take((WRITTEN_TILES + PAIR) * rows);
+                let mut acc = self.workspace.lines.take((WRITTEN_TILES + per_row) * rows);
                 for group in (0..tiles).step_by(WRITTEN_TILES) {
                     let end = tiles.min(group + WRITTEN_TILES);
                     for tile in (group..end).step_by(step) {
-                        let acc = &mut acc[(tile - group) * rows..][..PAIR * rows];
+                        let acc = &mut acc[(tile - group) * rows..][..per_row * rows];
                         produce(tile..end.min(tile + step), first..first + rows, &mut panels, acc);
                     }
                     for (r, out) in out.chunks_exact_mut(n).enumerate() {
@@ -378,7 +454,7 @@ impl Cpu {
     ) {
         let Shape { rows: m, columns: n, step, .. } = shape;
         let tiles = n.div_ceil(LANES);
-        let per_step = PAIR * m;
+        let per_step = shape.lines * m;
         let mut lines = self.workspace.lines.take(tiles.div_ceil(step) * per_step);
         self.pool.for_chunks(&mut lines, grain / step * per_step, |i, lines| {
             let mut panels = self.panels(shape.in_features);
@@ -417,6 +493,13 @@ pub(crate) struct Gated<'a> {
     pub(crate) activation: Activation,
 }
 
+impl Gated<'_> {
+    /// Tiles computed together.
+    pub(crate) fn step(&self) -> usize {
+        self.gate.step().max(self.up.step())
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Shape {
     rows: usize,
@@ -424,6 +507,16 @@ struct Shape {
     in_features: usize,
     /// Tiles computed together.
     step: usize,
+    /// Lines per row that computing them takes.
+    lines: usize,
+}
+
+impl Shape {
+    /// The output of one weight.
+    fn of(weight: &PackedWeight, rows: usize) -> Self {
+        let step = weight.step().max(PAIR);
+        Self { rows, columns: weight.out_features, in_features: weight.in_features, step, lines: step }
+    }
 }
 
 /// What is added to an output element.
@@ -512,14 +605,12 @@ impl LinearOps for Cpu {
         let weight = args.weight.data();
         let layer = Layer { weight, activation: args.activation, scale: args.out_scale };
         let residual = Addend::of(OP, &args.residual)?;
-        let shape =
-            Shape { rows: args.x.rows(), columns: weight.out_features, in_features: weight.in_features, step: PAIR };
         let x = f32s(OP, "x", args.x)?;
-        let x = self.activations(x, weight.in_features, &[weight], true);
+        let mut x = self.activations(x, weight.in_features, &[weight], true);
+        self.rotate_activations(&mut x, &[weight]);
         let out = f32s_mut(OP, "out", args.out)?;
-        self.fill(shape, residual, out, |tiles, rows, panels, acc| {
-            let lines = tiles.len() * rows.len();
-            self.linear_tiles(&layer, tiles, &x, rows, panels, &mut acc[..lines]);
+        self.fill(Shape::of(weight, args.x.rows()), residual, out, |tiles, rows, panels, acc| {
+            self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
         });
         Ok(())
     }
@@ -532,6 +623,7 @@ impl LinearOps for Cpu {
         let mut x = self.activations(normed.as_deref().unwrap_or(x), columns, &[], true);
         for projection in &*args.projections {
             self.prepare_activations(&mut x, &[projection.weight.data()], true);
+            self.rotate_activations(&mut x, &[projection.weight.data()]);
         }
         if rows == 1 {
             return self.project_row(&x, args.projections);
@@ -539,11 +631,9 @@ impl LinearOps for Cpu {
         for Projection { weight, out } in args.projections {
             let weight = weight.data();
             let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
-            let shape = Shape { rows, columns: weight.out_features, in_features: columns, step: PAIR };
             let out = f32s_mut(OP, "out", out)?;
-            self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
-                let lines = tiles.len() * rows.len();
-                self.linear_tiles(&layer, tiles, &x, rows, panels, &mut acc[..lines]);
+            self.fill(Shape::of(weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
+                self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
             });
         }
         Ok(())
@@ -553,13 +643,16 @@ impl LinearOps for Cpu {
         const OP: &str = "gated_up";
         let gated = Gated { gate: args.gate.data(), up: args.up.data(), activation: args.activation };
         let in_features = gated.gate.in_features;
-        let shape = Shape { rows: args.x.rows(), columns: gated.gate.out_features, in_features, step: 1 };
+        let (columns, step) = (gated.gate.out_features, gated.step());
+        let shape = Shape { rows: args.x.rows(), columns, in_features, step, lines: PAIR * step };
         let x = f32s(OP, "x", args.x)?;
         let normed = self.normalized(OP, x, in_features, args.norm.as_ref())?;
-        let x = self.activations(normed.as_deref().unwrap_or(x), in_features, &[gated.gate, gated.up], true);
+        let weights = [gated.gate, gated.up];
+        let mut x = self.activations(normed.as_deref().unwrap_or(x), in_features, &weights, true);
+        self.rotate_activations(&mut x, &weights);
         let out = f32s_mut(OP, "out", args.out)?;
         self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
-            self.gated_tile(&gated, tiles.start, &x, rows, panels, acc);
+            self.gated_tiles(&gated, tiles, &x, rows, panels, acc);
         });
         Ok(())
     }

@@ -78,10 +78,14 @@ pub(super) fn moe_grouped_gemm(cpu: &Cpu, args: GroupedGemmArgs<'_, Cpu>) -> Res
     cpu.pool.for_items(tasks, |(e, rows, out)| {
         let layer = Layer { weight: weight(e), activation: args.activation, scale: 1.0 };
         let mut panels = cpu.panels(k);
-        let mut acc = cpu.workspace.lines.take(rows.len());
-        for tile in 0..layer.weight.tiles() {
-            cpu.linear_tiles(&layer, tile..tile + 1, &x, rows.clone(), &mut panels, &mut acc);
-            copy_tile(&acc, tile, layer.weight.columns(tile), out);
+        let (step, end) = (layer.weight.step(), layer.weight.tiles());
+        let mut acc = cpu.workspace.lines.take(step * rows.len());
+        for tile in (0..end).step_by(step) {
+            let tiles = tile..end.min(tile + step);
+            cpu.linear_tiles(&layer, tiles.clone(), &x, rows.clone(), &mut panels, &mut acc);
+            for (tile, lines) in tiles.zip(acc.chunks_exact(rows.len())) {
+                copy_tile(lines, tile, layer.weight.columns(tile), out);
+            }
         }
     });
     let mut out = FloatsMut::of(OP, "out", args.out)?;

@@ -298,4 +298,73 @@ impl Simd for Avx2 {
             out
         })
     }
+
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        halves!(_mm256_mullo_epi32, a, b)
+    }
+
+    #[inline(always)]
+    fn sum_bytes(self, v: Self::I) -> Self::I {
+        intrinsic!({
+            let (bytes, words) = (_mm256_set1_epi8(1), _mm256_set1_epi16(1));
+            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(v[0], bytes), words);
+            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(v[1], bytes), words);
+            [low, high]
+        })
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I {
+        let x = intrinsic!([_mm256_set1_epi32(x); 2]);
+        self.add_i(acc, halves!(_mm256_madd_epi16, pairs, x))
+    }
+
+    #[inline(always)]
+    fn round_f16(self, v: Self::F) -> Self::F {
+        intrinsic!([
+            _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0])),
+            _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1])),
+        ])
+    }
+
+    #[inline(always)]
+    fn butterfly<const STRIDE: usize>(self, v: Self::F) -> Self::F {
+        if STRIDE == 8 {
+            return intrinsic!([_mm256_add_ps(v[0], v[1]), _mm256_sub_ps(v[0], v[1])]);
+        }
+        let mut signs = [1.0; LANES];
+        for (lane, sign) in signs.iter_mut().enumerate() {
+            if lane & STRIDE != 0 {
+                *sign = -1.0;
+            }
+        }
+        let other = match STRIDE {
+            1 => intrinsic!([_mm256_permute_ps::<0xB1>(v[0]), _mm256_permute_ps::<0xB1>(v[1])]),
+            2 => intrinsic!([_mm256_permute_ps::<0x4E>(v[0]), _mm256_permute_ps::<0x4E>(v[1])]),
+            _ => intrinsic!([_mm256_permute2f128_ps::<1>(v[0], v[0]), _mm256_permute2f128_ps::<1>(v[1], v[1])]),
+        };
+        self.fma(v, self.load(&signs), other)
+    }
+
+    #[inline(always)]
+    fn load_halves(self, low: &[u32; LANES / 2], high: &[u32; LANES / 2]) -> Self::I {
+        memory!([_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast())])
+    }
+
+    #[inline(always)]
+    fn shr_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I {
+        intrinsic!([
+            _mm256_srlv_epi32(v[0], _mm256_set1_epi32(counts[0] as i32)),
+            _mm256_srlv_epi32(v[1], _mm256_set1_epi32(counts[1] as i32)),
+        ])
+    }
+
+    #[inline(always)]
+    fn shl_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I {
+        intrinsic!([
+            _mm256_sllv_epi32(v[0], _mm256_set1_epi32(counts[0] as i32)),
+            _mm256_sllv_epi32(v[1], _mm256_set1_epi32(counts[1] as i32)),
+        ])
+    }
 }

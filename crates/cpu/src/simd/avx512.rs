@@ -1,12 +1,32 @@
 use std::arch::x86_64::*;
 
+use super::trellis::{self, Gather, TrellisRow};
 use super::{Kernel, LANES, Simd};
 
-/// AVX-512 with VNNI.
+/// AVX-512 with VNNI, and with the byte permutations of VBMI where the parameter says so.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const VBMI: bool = false>(());
+
+impl Avx512<true> {
+    /// Runs a kernel with the features on.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+        fn with_features<K: Kernel>(s: Avx512<true>, kernel: K) -> K::Output {
+            kernel.run(s)
+        }
+        // SAFETY: `self` exists, so `detect` and `with_vbmi` found these features.
+        unsafe { with_features(self, kernel) }
+    }
+}
 
 impl Avx512 {
+    /// The same with VBMI if the machine has it.
+    #[inline]
+    pub(crate) fn with_vbmi(self) -> Option<Avx512<true>> {
+        is_x86_feature_detected!("avx512vbmi").then_some(Avx512(()))
+    }
+
     /// The only constructor: proof that the machine has the features that [`Avx512::run`] enables.
     pub(crate) fn detect() -> Option<Self> {
         let found = is_x86_feature_detected!("avx512f")
@@ -47,7 +67,7 @@ macro_rules! memory {
     }};
 }
 
-impl Simd for Avx512 {
+impl<const VBMI: bool> Simd for Avx512<VBMI> {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
@@ -56,10 +76,16 @@ impl Simd for Avx512 {
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
         #[inline(never)]
-        fn with_features<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+        fn with_features<const VBMI: bool, K: Kernel>(s: Avx512<VBMI>, kernel: K) -> K::Output {
             kernel.run(s)
         }
-        intrinsic!(with_features(self, kernel))
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+        #[inline(never)]
+        fn with_vbmi<const VBMI: bool, K: Kernel>(s: Avx512<VBMI>, kernel: K) -> K::Output {
+            kernel.run(s)
+        }
+        // SAFETY: `self` exists, so `detect` found the features, and `with_vbmi` found VBMI where it is on.
+        unsafe { if VBMI { with_vbmi(self, kernel) } else { with_features(self, kernel) } }
     }
 
     #[inline(always)]
@@ -278,5 +304,107 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I {
         self.dot4(acc, u, x)
+    }
+
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        intrinsic!(_mm512_mullo_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn sum_bytes(self, v: Self::I) -> Self::I {
+        intrinsic!(_mm512_dpbusd_epi32(_mm512_setzero_si512(), v, _mm512_set1_epi8(1)))
+    }
+
+    #[inline(always)]
+    fn sum_byte_pairs(self, a: Self::I, b: Self::I) -> Self::I {
+        // Differences from 0, summed over four bytes; both halves of a lane get the same sum.
+        intrinsic!({
+            let zero = _mm512_setzero_si512();
+            _mm512_mask_dbsad_epu8::<0>(_mm512_dbsad_epu8::<0>(a, zero), 0xAAAA_AAAA, b, zero)
+        })
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I {
+        intrinsic!(_mm512_dpwssd_epi32(acc, pairs, _mm512_set1_epi32(x)))
+    }
+
+    #[inline(always)]
+    fn round_f16(self, v: Self::F) -> Self::F {
+        intrinsic!(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
+    }
+
+    #[inline(always)]
+    fn butterfly<const STRIDE: usize>(self, v: Self::F) -> Self::F {
+        let mut signs = [1.0; LANES];
+        for (lane, sign) in signs.iter_mut().enumerate() {
+            if lane & STRIDE != 0 {
+                *sign = -1.0;
+            }
+        }
+        let other = match STRIDE {
+            1 => intrinsic!(_mm512_permute_ps::<0xB1>(v)),
+            2 => intrinsic!(_mm512_permute_ps::<0x4E>(v)),
+            4 => intrinsic!(_mm512_shuffle_f32x4::<0xB1>(v, v)),
+            _ => intrinsic!(_mm512_shuffle_f32x4::<0x4E>(v, v)),
+        };
+        self.fma(v, self.load(&signs), other)
+    }
+
+    #[inline(always)]
+    fn load_halves(self, low: &[u32; LANES / 2], high: &[u32; LANES / 2]) -> Self::I {
+        memory!(_mm512_inserti64x4::<1>(
+            _mm512_castsi256_si512(_mm256_loadu_si256(low.as_ptr().cast())),
+            _mm256_loadu_si256(high.as_ptr().cast())
+        ))
+    }
+
+    #[inline(always)]
+    fn shr_halves(self, v: Self::I, [low, high]: [u32; 2]) -> Self::I {
+        let counts = [[low; LANES / 2], [high; LANES / 2]];
+        let counts = self.load_halves(&counts[0], &counts[1]);
+        intrinsic!(_mm512_srlv_epi32(v, counts))
+    }
+
+    #[inline(always)]
+    fn shl_halves(self, v: Self::I, [low, high]: [u32; 2]) -> Self::I {
+        let counts = [[low; LANES / 2], [high; LANES / 2]];
+        let counts = self.load_halves(&counts[0], &counts[1]);
+        intrinsic!(_mm512_sllv_epi32(v, counts))
+    }
+
+    #[inline(always)]
+    fn trellis_states<const BITS: usize>(self, tile: &[TrellisRow; BITS], pair: usize) -> [Self::I; 2] {
+        if !VBMI {
+            return trellis::states(self, tile, pair);
+        }
+        // Each lane gets the four bytes that hold its two states.
+        let index = memory!(_mm512_loadu_si512(Gather::<BITS>::BYTES[pair].as_ptr().cast()));
+        let window = if BITS == 1 {
+            let rows = memory!(_mm512_broadcast_i64x4(_mm256_loadu_si256(tile[0].0.as_ptr().cast())));
+            // SAFETY: VBMI is on, so `with_vbmi` found the feature.
+            unsafe { _mm512_permutexvar_epi8(index, rows) }
+        } else {
+            let [first, second] = Gather::<BITS>::ROWS[pair];
+            let rows: &[TrellisRow; 2] = tile[first..first + 2].first_chunk().expect("two rows");
+            let first_rows = memory!(_mm512_loadu_si512(rows.as_ptr().cast()));
+            if first == second {
+                // SAFETY: VBMI is on, so `with_vbmi` found the feature.
+                unsafe { _mm512_permutexvar_epi8(index, first_rows) }
+            } else {
+                let rows: &[TrellisRow; 2] = tile[second..second + 2].first_chunk().expect("two rows");
+                let second_rows = memory!(_mm512_loadu_si512(rows.as_ptr().cast()));
+                // SAFETY: VBMI is on, so `with_vbmi` found the feature.
+                unsafe { _mm512_permutex2var_epi8(first_rows, index, second_rows) }
+            }
+        };
+        let [low, high] = Gather::<BITS>::SHIFTS[pair];
+        let mask = self.splat_i(0xFFFF);
+        let bits = BITS as u32;
+        [
+            self.and(self.shr_halves(window, [low + bits, high + bits]), mask),
+            self.and(self.shr_halves(window, [low, high]), mask),
+        ]
     }
 }

@@ -73,4 +73,17 @@ impl Level {
             Self::Neon(s) => s.run(kernel),
         }
     }
+
+    /// [`Level::run`] for kernels that decode trellises, with byte permutations where the machine has them.
+    #[inline]
+    pub(crate) fn run_trellis<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => match s.with_vbmi() {
+                Some(s) => s.run(kernel),
+                None => s.run(kernel),
+            },
+            other => other.run(kernel),
+        }
+    }
 }

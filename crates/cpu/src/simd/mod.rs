@@ -12,8 +12,10 @@ mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
+pub(crate) mod trellis;
 
 pub(crate) use level::Level;
+use trellis::TrellisRow;
 
 /// Lanes of every vector: output columns of a weight tile.
 pub(crate) const LANES: usize = 16;
@@ -147,4 +149,41 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn dot4(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
     /// [`Simd::dot4`] for any bytes of `u`.
     fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I;
+
+    /// Low 32 bits of the products.
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Sum of the four bytes of each lane.
+    fn sum_bytes(self, v: Self::I) -> Self::I;
+    /// [`Simd::sum_bytes`] of `a` in the low halves of the lanes, of `b` in the high ones.
+    #[inline(always)]
+    fn sum_byte_pairs(self, a: Self::I, b: Self::I) -> Self::I {
+        self.or(self.sum_bytes(a), self.shl(self.sum_bytes(b), 16))
+    }
+    /// `acc + sum of two i16 x i16 products` per lane, modulo 2^32; the two i16 of `x` are the same for all lanes. Not
+    /// all four of a lane and `x` may be -2^15.
+    fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I;
+    /// Rounds to binary16, to nearest even, and widens again.
+    fn round_f16(self, v: Self::F) -> Self::F;
+    /// Lanes l and `l + STRIDE` become their sum and their difference; `STRIDE` is 1, 2, 4 or 8.
+    #[inline(always)]
+    fn butterfly<const STRIDE: usize>(self, v: Self::F) -> Self::F {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        for lane in (0..LANES).filter(|lane| lane & STRIDE == 0) {
+            (lanes[lane], lanes[lane + STRIDE]) =
+                (lanes[lane] + lanes[lane + STRIDE], lanes[lane] - lanes[lane + STRIDE]);
+        }
+        self.load(&lanes)
+    }
+    /// `low` in the first eight lanes, `high` in the others.
+    fn load_halves(self, low: &[u32; LANES / 2], high: &[u32; LANES / 2]) -> Self::I;
+    /// Logical shift right of the first eight lanes and of the others, each by at most 32.
+    fn shr_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I;
+    /// Shift left of the first eight lanes and of the others, each by at most 32.
+    fn shl_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I;
+    /// The states of rows `2 pair` and `2 pair + 1` of a tile, one column a lane; see [`trellis`].
+    #[inline(always)]
+    fn trellis_states<const BITS: usize>(self, tile: &[TrellisRow; BITS], pair: usize) -> [Self::I; 2] {
+        trellis::states(self, tile, pair)
+    }
 }

@@ -94,6 +94,23 @@ fn widen_f16(v: uint16x4_t) -> float32x4_t {
     out
 }
 
+/// Rounds four f32 to binary16 and widens them again.
+#[inline(always)]
+fn round_to_f16(v: float32x4_t) -> float32x4_t {
+    let out;
+    // SAFETY: every aarch64 machine with NEON has the instructions; they touch registers alone.
+    unsafe {
+        asm!(
+            "fcvtn {out:v}.4h, {v:v}.4s",
+            "fcvtl {out:v}.4s, {out:v}.4h",
+            out = lateout(vreg) out,
+            v = in(vreg) v,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    out
+}
+
 impl Simd for Neon {
     type F = [float32x4_t; PARTS];
     type I = [uint32x4_t; PARTS];
@@ -326,5 +343,54 @@ impl Simd for Neon {
         let offset = sdot(sdot(intrinsic!(vdupq_n_u32(0)), half, x4), half, x4);
         let signed = self.xor(u, self.splat_i(0x8080_8080u32 as i32));
         self.dot4(self.add_i(acc, [offset; PARTS]), signed, x)
+    }
+
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        parts!(vmulq_u32, a, b)
+    }
+
+    #[inline(always)]
+    fn sum_bytes(self, v: Self::I) -> Self::I {
+        let bytes = parts!(vreinterpretq_u8_u32, v);
+        let words = parts!(vpaddlq_u8, bytes);
+        parts!(vpaddlq_u16, words)
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I {
+        // Even and odd halves, widened, times each of the two.
+        let (x0, x1) = (i32::from(x as i16) as u32, (x >> 16) as u32);
+        let (x0, x1) = intrinsic!(([vdupq_n_u32(x0); PARTS], [vdupq_n_u32(x1); PARTS]));
+        let even = self.sar(self.shl(pairs, 16), 16);
+        let acc = parts!(vmlaq_u32, acc, even, x0);
+        let odd = self.sar(pairs, 16);
+        parts!(vmlaq_u32, acc, odd, x1)
+    }
+
+    #[inline(always)]
+    fn round_f16(self, v: Self::F) -> Self::F {
+        [round_to_f16(v[0]), round_to_f16(v[1]), round_to_f16(v[2]), round_to_f16(v[3])]
+    }
+
+    #[inline(always)]
+    fn load_halves(self, low: &[u32; LANES / 2], high: &[u32; LANES / 2]) -> Self::I {
+        let (low, high) = (low.as_ptr(), high.as_ptr());
+        memory!([vld1q_u32(low), vld1q_u32(low.add(4)), vld1q_u32(high), vld1q_u32(high.add(4))])
+    }
+
+    #[inline(always)]
+    fn shr_halves(self, v: Self::I, [low, high]: [u32; 2]) -> Self::I {
+        // A negative count shifts right.
+        let counts = intrinsic!([vdupq_n_s32(-(low as i32)), vdupq_n_s32(-(high as i32))]);
+        let n = [counts[0], counts[0], counts[1], counts[1]];
+        parts!(vshlq_u32, v, n)
+    }
+
+    #[inline(always)]
+    fn shl_halves(self, v: Self::I, [low, high]: [u32; 2]) -> Self::I {
+        let counts = intrinsic!([vdupq_n_s32(low as i32), vdupq_n_s32(high as i32)]);
+        let n = [counts[0], counts[0], counts[1], counts[1]];
+        parts!(vshlq_u32, v, n)
     }
 }

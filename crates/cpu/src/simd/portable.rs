@@ -163,4 +163,42 @@ impl Simd for Portable {
     fn dot4_wide(self, acc: Self::I, u: Self::I, x: i32) -> Self::I {
         self.dot4(acc, u, x)
     }
+
+    lanewise!(mul_i, u32, |a, b| a.wrapping_mul(b));
+
+    #[inline(always)]
+    fn sum_bytes(self, v: Self::I) -> Self::I {
+        v.map(|v| v.to_le_bytes().into_iter().map(u32::from).sum())
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I {
+        let (x0, x1) = (i32::from(x as i16), x >> 16);
+        let mut out = acc;
+        for (out, pair) in out.iter_mut().zip(pairs) {
+            let dot = i32::from(pair as i16) * x0 + (pair as i32 >> 16) * x1;
+            *out = out.wrapping_add(dot as u32);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn round_f16(self, v: Self::F) -> Self::F {
+        v.map(|v| f16::from_f32(v).to_f32())
+    }
+
+    #[inline(always)]
+    fn load_halves(self, low: &[u32; LANES / 2], high: &[u32; LANES / 2]) -> Self::I {
+        std::array::from_fn(|lane| if lane < LANES / 2 { low[lane] } else { high[lane - LANES / 2] })
+    }
+
+    #[inline(always)]
+    fn shr_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I {
+        std::array::from_fn(|lane| v[lane].checked_shr(counts[lane / (LANES / 2)]).unwrap_or(0))
+    }
+
+    #[inline(always)]
+    fn shl_halves(self, v: Self::I, counts: [u32; 2]) -> Self::I {
+        std::array::from_fn(|lane| v[lane].checked_shl(counts[lane / (LANES / 2)]).unwrap_or(0))
+    }
 }

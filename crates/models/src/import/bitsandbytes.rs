@@ -66,9 +66,10 @@ fn four_bit(stored: &Stored<'_>, n: usize, k: usize) -> Result<Weight> {
     let levels = stored.floats(".weight.quant_map", &[16])?.values;
     let absmax = state.absmax(stored, elements)?;
     let code = |i: usize| usize::from(if i.is_multiple_of(2) { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 });
-    let native = (levels == normal_float::NF4 && k.is_multiple_of(state.blocksize) && absmax.iter().all(|&a| is_f16(a)))
-        .then(|| native_group_size(Format::Nf4, state.blocksize, k))
-        .flatten();
+    let native =
+        (levels == normal_float::NF4 && k.is_multiple_of(state.blocksize) && absmax.iter().all(|&a| is_f16(a)))
+            .then(|| native_group_size(Format::Nf4, state.blocksize, k))
+            .flatten();
     if let Some(group_size) = native {
         let layout = Format::Nf4.layout();
         let codes: Vec<u8> = (0..elements).map(|i| code(i) as u8).collect();
