@@ -9,6 +9,7 @@ use crate::Gpu;
 use crate::decode::{Decoder, Levels, decode_unit, group_scale, group_zero, weight_of};
 use crate::element::{Storage, store};
 use crate::launch::{cubes_for, units};
+use crate::linear::exl3::{Rows, Unfolded, unfold};
 
 /// What the kernel is compiled for.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -70,6 +71,10 @@ fn dequantize_units<S: Numeric, O: Numeric>(
 /// Enqueues [`marlin_ops::ConvertOps::dequantize`].
 pub(crate) fn launch<R: Runtime>(gpu: &Gpu<R>, args: DequantizeArgs<'_, Gpu<R>>) -> Result<()> {
     let (weight, count) = (args.weight.data(), args.count());
+    if let Some(trellis) = weight.trellis() {
+        let to = Unfolded { out: args.out, rows: count, transposed: args.order == WeightOrder::InputMajor };
+        return unfold(gpu, weight, trellis, &Rows::From(args.first), &to);
+    }
     let out = Storage::of(args.out.dtype());
     let config = DequantizeConfig { decoder: weight.decoder, out, order: args.order };
     // SAFETY: the buffers hold what the weight says they do, out holds K * count elements; the kernel stays within.

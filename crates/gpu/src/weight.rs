@@ -3,14 +3,15 @@
 use std::borrow::Cow;
 
 use cubecl::prelude::*;
+use marlin_formats::exl3::{Exl3Matrix, HADAMARD};
 use marlin_formats::{QuantizedMatrix, ScaleKind, Shift};
 use marlin_ops::{HostTensor, Result, Weight, WeightData};
 
-use crate::decode::{Codes, Decoder, PADDED, Scale};
+use crate::decode::{Codes, Decoder, PADDED, Scale, Trellis};
 pub use crate::moe::GpuExperts;
 use crate::{Buffer, Gpu};
 
-/// A linear layer on a GPU, K-major; see `decode`.
+/// A linear layer on a GPU, K-major; see `decode`. EXL3 has its tiles in `words`, suh in `scales` and svh in `zeros`.
 pub struct GpuWeight {
     pub(crate) in_features: usize,
     pub(crate) out_features: usize,
@@ -65,6 +66,25 @@ impl GpuWeight {
         })
     }
 
+    /// K as the words have it.
+    pub(crate) fn padded_in(&self) -> usize {
+        if self.decoder.is_trellis() { self.in_features.next_multiple_of(HADAMARD) } else { self.in_features }
+    }
+
+    /// N as the words have it.
+    pub(crate) fn padded_out(&self) -> usize {
+        if self.decoder.is_trellis() { self.out_features.next_multiple_of(HADAMARD) } else { self.out_features }
+    }
+
+    /// The error of an operation that multiplies without rotations.
+    pub(crate) fn refuse_trellis<R: Runtime>(&self, gpu: &Gpu<R>, operation: &'static str) -> Result<()> {
+        use marlin_ops::{Device, OpError};
+        if !self.decoder.is_trellis() {
+            return Ok(());
+        }
+        Err(OpError::Unsupported { operation, backend: gpu.name(), what: "exl3 weights".into() })
+    }
+
     /// Units along K, the last one possibly padded.
     pub(crate) fn units(&self) -> usize {
         self.in_features.div_ceil(self.decoder.unit())
@@ -76,7 +96,7 @@ pub(crate) fn pack(weight: &Weight) -> Result<Packed> {
     match &weight.data {
         WeightData::Dense(tensor) => pack_dense(tensor, weight.out_features(), weight.in_features()),
         WeightData::Quantized(matrix) => pack_quantized(matrix),
-        WeightData::Exl3(_) => Err(marlin_ops::OpError::value("weight", "format", "exl3 does not run on the GPU yet")),
+        WeightData::Exl3(matrix) => Ok(pack_exl3(matrix)),
     }
 }
 
@@ -160,6 +180,20 @@ fn codes(matrix: &QuantizedMatrix, decoder: Decoder) -> Cow<'_, [u32]> {
             Cow::Owned(words)
         }
         _ => Cow::Borrowed(&matrix.codes),
+    }
+}
+
+/// The tiles as words, suh as scales and svh as zero points.
+fn pack_exl3(matrix: &Exl3Matrix) -> Packed {
+    let trellis = Trellis { bits: matrix.bits as usize, codebook: matrix.codebook };
+    Packed {
+        decoder: Decoder::trellis(trellis),
+        words: matrix.trellis.chunks_exact(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect(),
+        scales: bytemuck::cast_slice(&matrix.suh).to_vec(),
+        scale_count: matrix.suh.len(),
+        zeros: bytemuck::cast_slice(&matrix.svh).to_vec(),
+        zero_count: matrix.svh.len(),
+        table: trellis.table(),
     }
 }
 

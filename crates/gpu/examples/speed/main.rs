@@ -1,4 +1,4 @@
-//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE]`: how fast the kernels are on the
+//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT]`: how fast the kernels are on the
 //! first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are rotated beyond the
 //! device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
 
@@ -8,11 +8,12 @@ use std::cell::RefCell;
 use std::fmt::{self, Display, Formatter};
 
 use anyhow::{Context, Result, bail};
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
 use marlin_gpu::Cuda;
 use marlin_ops::attention::{AttentionArgs, AttentionOps, EmptyRow, Window};
 use marlin_ops::linear::{Activation, LinearArgs, Residual};
-use marlin_ops::{Device, Linear, LinearOps, Tensor};
+use marlin_ops::{Device, Linear, LinearOps, Tensor, Weight};
 use measure::{Bench, Random, rotation};
 
 /// N and K of an up and of a down projection of a model with 4096 hidden features.
@@ -24,6 +25,10 @@ const LARGE: usize = 16;
 const FORMATS: [Format; 2] = [Format::Int4S4, Format::Fp4E2m1];
 
 const GROUP_SIZE: usize = 128;
+
+/// Names, codebooks and bits of the trellis weights.
+const TRELLISES: [(&str, Codebook, u32); 3] =
+    [("exl3-mcg-3", Codebook::Mcg, 3), ("exl3-mul1-3", Codebook::Mul1, 3), ("exl3-mcg-4", Codebook::Mcg, 4)];
 
 /// Rows of the matrix products.
 const ROWS: [usize; 4] = [16, 64, 512, 4096];
@@ -69,13 +74,17 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let mut json = None;
+    let (mut json, mut only) = (None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = Some(arguments.next().context("--json needs a file")?),
-            other => bail!("unknown argument {other}; known: --json FILE"),
+            "--format" => only = Some(arguments.next().context("--format needs a part of a name")?),
+            other => bail!("unknown argument {other}; known: --json FILE, --format TEXT"),
         }
+    }
+    if let Some(name) = only {
+        return run_some(&name);
     }
     let report = run()?;
     if let Some(file) = json {
@@ -83,6 +92,28 @@ fn main() -> Result<()> {
     }
     Ok(())
 }
+
+/// The products of the formats whose names contain `name`.
+fn run_some(name: &str) -> Result<()> {
+    let bench = Bench::new()?;
+    let copy = bench.copy_rate()?;
+    println!("copy {:.0} GB/s\n\n{HEADER}", copy / 1e9);
+    for format in FORMATS.into_iter().filter(|format| format.name().contains(name)) {
+        for (n, k) in SHAPES {
+            grouped(&bench, copy, format, n, k, &[1])?;
+            grouped(&bench, copy, format, n, k, &ROWS)?;
+        }
+    }
+    for (name, codebook, bits) in TRELLISES.into_iter().filter(|trellis| trellis.0.contains(name)) {
+        for (n, k) in SHAPES {
+            trellis(&bench, copy, (name, codebook, bits), n, k, &[1, 2, 4, 8])?;
+            trellis(&bench, copy, (name, codebook, bits), n, k, &ROWS)?;
+        }
+    }
+    Ok(())
+}
+
+const HEADER: &str = "| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|";
 
 fn run() -> Result<Report> {
     let device = marlin_gpu::devices().into_iter().find(|d| d.kind == "cuda").context("no CUDA device")?.name;
@@ -95,17 +126,23 @@ fn run() -> Result<Report> {
         launch * 1e6,
         graph_launch * 1e6
     );
-    println!("| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|");
+    println!("{HEADER}");
     let (mut measured, mut attention) = (Vec::new(), Vec::new());
     for format in FORMATS {
         for (n, k) in SHAPES {
-            measured.extend(products(&bench, copy, format, n, k, &[1])?);
-            measured.extend(products(&bench, copy, format, LARGE * n, k, &[1])?);
+            measured.extend(grouped(&bench, copy, format, n, k, &[1])?);
+            measured.extend(grouped(&bench, copy, format, LARGE * n, k, &[1])?);
         }
     }
     for format in FORMATS {
         for (n, k) in SHAPES {
-            measured.extend(products(&bench, copy, format, n, k, &ROWS)?);
+            measured.extend(grouped(&bench, copy, format, n, k, &ROWS)?);
+        }
+    }
+    for codes in TRELLISES {
+        for (n, k) in SHAPES {
+            measured.extend(trellis(&bench, copy, codes, n, k, &[1])?);
+            measured.extend(trellis(&bench, copy, codes, n, k, &ROWS)?);
         }
     }
     println!("\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|");
@@ -119,10 +156,37 @@ fn run() -> Result<Report> {
     Ok(Report { device, copy, launch, graph_launch, products: measured, attention })
 }
 
-/// A linear layer of f16 activations for each number of rows.
-fn products(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: &[usize]) -> Result<Vec<Product>> {
+/// [`products`] of a grouped format.
+fn grouped(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: &[usize]) -> Result<Vec<Product>> {
     let random = &mut Random(77);
     let weight = random.weight(format, GROUP_SIZE, n, k)?;
+    products(bench, copy, format.name(), &weight, rows, random)
+}
+
+/// [`products`] of EXL3.
+fn trellis(
+    bench: &Bench,
+    copy: f64,
+    (name, codebook, bits): (&'static str, Codebook, u32),
+    n: usize,
+    k: usize,
+    rows: &[usize],
+) -> Result<Vec<Product>> {
+    let random = &mut Random(78);
+    let weight = random.trellis(codebook, bits, n, k)?;
+    products(bench, copy, name, &weight, rows, random)
+}
+
+/// A linear layer of f16 activations for each number of rows.
+fn products(
+    bench: &Bench,
+    copy: f64,
+    format: &'static str,
+    weight: &Weight,
+    rows: &[usize],
+    random: &mut Random,
+) -> Result<Vec<Product>> {
+    let (n, k) = (weight.out_features(), weight.in_features());
     let bytes = weight.size_in_bytes();
     let upload = |_| -> Result<Linear<Cuda>> { Ok(Linear::new(&bench.gpu, weight.clone())?) };
     let weights = (0..rotation(bytes)).map(upload).collect::<Result<Vec<_>>>()?;
@@ -141,7 +205,7 @@ fn products(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: 
             })?)
         })?;
         let product = Product {
-            format: format.name(),
+            format,
             m,
             n,
             k,

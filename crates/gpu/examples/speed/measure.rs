@@ -8,6 +8,7 @@ use cubecl::future::block_on;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use half::f16;
+use marlin_formats::exl3::{Codebook, Exl3Matrix};
 use marlin_formats::{DType, Format, QuantizedMatrix, Scheme};
 use marlin_gpu::{Cuda, Measured};
 use marlin_ops::{Device, HostTensor, Tensor, Weight};
@@ -224,5 +225,20 @@ impl Random {
             super_minima: Vec::new(),
             tensor_scale: None,
         })?)
+    }
+
+    /// An EXL3 weight of random states and scales around 1 and 0.01; K and N are multiples of 128.
+    #[allow(dead_code)]
+    pub fn trellis(&mut self, codebook: Codebook, bits: u32, n: usize, k: usize) -> Result<Weight> {
+        let mut scales = |count: usize, around: f32| -> Vec<u16> {
+            let mut scale = || {
+                let size = around * (0.5 + self.uniform());
+                f16::from_f32(if self.word() % 2 == 0 { size } else { -size }).to_bits()
+            };
+            (0..count).map(|_| scale()).collect()
+        };
+        let (suh, svh) = (scales(k, 1.0), scales(n, 0.01));
+        let trellis = (0..k * n * bits as usize / 16).map(|_| self.word() as u16).collect();
+        Ok(Weight::exl3(Exl3Matrix { codebook, bits, in_features: k, out_features: n, trellis, suh, svh })?)
     }
 }

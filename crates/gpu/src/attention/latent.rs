@@ -77,6 +77,7 @@ pub(super) fn decode<R: Runtime>(
     kernel: Option<AttentionKernel>,
 ) -> Result<()> {
     const OP: &str = "mla_decode";
+    args.kv_b.data().refuse_trellis(gpu, OP)?;
     let d = args.dims();
     if d.value == 0 {
         return Ok(());
@@ -110,6 +111,7 @@ pub(super) fn prefill<R: Runtime>(
     kernel: Option<AttentionKernel>,
 ) -> Result<()> {
     const OP: &str = "mla_prefill";
+    args.kv_b.data().refuse_trellis(gpu, OP)?;
     let d = args.dims();
     if d.value == 0 {
         return Ok(());

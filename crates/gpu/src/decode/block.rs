@@ -30,6 +30,10 @@ pub(crate) fn block_level<V: Size>(
                 f32::reinterpret(word & 0xffff_0000u32)
             }
         }
+        Codes::Trellis(_) => {
+            comptime!(no_vectors());
+            f32::new(0.0)
+        }
         Codes::Packed(layout) => {
             if comptime!(layout.high_bits() > 0) {
                 let unit = comptime!(i / layout.codes_per_unit() * layout.words_per_unit());
@@ -59,6 +63,11 @@ pub(crate) fn planar_code(low: u32, high: u32, #[comptime] i: usize, #[comptime]
     let code = (low >> comptime!(i as u32 * layout.low_bits() % 32)) & comptime!((1u32 << low_bits) - 1);
     let rest = (high >> comptime!(i as u32 * layout.high_bits())) & comptime!((1u32 << high_bits) - 1);
     code | (rest << low_bits)
+}
+
+/// Kernels that load vectors of columns are not launched for tiles.
+fn no_vectors() {
+    unreachable!("tiles are no vectors of columns");
 }
 
 /// The level of the code in the `bits` bits from bit `at` of a word.

@@ -5,6 +5,7 @@
 //! unit is a *unit* of 1 to 32 input features; a group of weights that share a scale has whole units.
 
 mod block;
+pub(crate) mod exl3;
 mod scale;
 
 use cubecl::ir::{ElemType, FloatKind, UIntKind};
@@ -13,8 +14,9 @@ use half::f16;
 use marlin_formats::pack::Layout;
 use marlin_formats::{DType, Levels as FormatLevels, ScaleKind, Scheme};
 
-pub(crate) use block::block_level;
-use block::{field_level, planar_code};
+use block::planar_code;
+pub(crate) use block::{block_level, field_level};
+pub(crate) use exl3::Trellis;
 pub(crate) use scale::{group_scale, group_zero, stored_scale, summand, weight_of};
 
 /// Input features are padded to a multiple of this with codes 0, whose levels are finite.
@@ -41,6 +43,8 @@ pub(crate) enum Codes {
     F16,
     BF16,
     Packed(Layout),
+    /// Tiles of 16 x 16, in rows: the weights between the two rotations of EXL3.
+    Trellis(Trellis),
 }
 
 /// The value of a code at zero point 0.
@@ -111,6 +115,17 @@ impl Decoder {
         Self { codes: Codes::Packed(layout), levels, scale, zeros, offsets, group_size: scheme.group_size }
     }
 
+    /// The decoder of the weights between the rotations of EXL3; K and N are padded.
+    pub(crate) fn trellis(trellis: Trellis) -> Self {
+        let codes = Codes::Trellis(trellis);
+        Self { codes, levels: Levels::Dense, scale: Scale::None, zeros: false, offsets: false, group_size: 0 }
+    }
+
+    /// Whether x and the results are rotated.
+    pub(crate) const fn is_trellis(self) -> bool {
+        matches!(self.codes, Codes::Trellis(_))
+    }
+
     /// The same codes and levels for kernels that take the group size at run time.
     pub(crate) fn ungrouped(self) -> Self {
         Self { group_size: 0, ..self }
@@ -122,6 +137,7 @@ impl Decoder {
             Codes::F32 => 1,
             Codes::F16 | Codes::BF16 => 2,
             Codes::Packed(layout) => layout.codes_per_unit(),
+            Codes::Trellis(_) => exl3::UNIT,
         }
     }
 
@@ -129,6 +145,7 @@ impl Decoder {
     pub(crate) const fn words(self) -> usize {
         match self.codes {
             Codes::Packed(layout) => layout.words_per_unit(),
+            Codes::Trellis(trellis) => trellis.bits,
             _ => 1,
         }
     }
@@ -171,6 +188,13 @@ pub(crate) fn decode_unit(
             let word = words[at];
             out[0] = f32::reinterpret(word << 16u32);
             out[1] = f32::reinterpret(word & 0xffff_0000u32);
+        }
+        Codes::Trellis(trellis) => {
+            let values = exl3::decode_rows(words, table, start, unit, n, columns, trellis);
+            #[unroll]
+            for i in 0..exl3::UNIT {
+                out[i] = values[i];
+            }
         }
         Codes::Packed(layout) => {
             if comptime!(layout.high_bits() > 0) {

@@ -6,6 +6,7 @@ mod apply;
 mod batched;
 mod embedding;
 mod epilogue;
+pub(crate) mod exl3;
 mod gemv;
 mod matrix;
 mod operands;
@@ -94,9 +95,16 @@ impl<R: Runtime> Gpu<R> {
         product: &Product<'_, R>,
         row_factors: Option<&Buffer>,
     ) -> Result<()> {
+        if let Some(trellis) = product.weight.trellis() {
+            return exl3::multiply(self, kernel, product, trellis, row_factors);
+        }
         let kernel = kernel.unwrap_or_else(|| select::select(self, product));
         let factors = if kernel.reads_row_factors() { self.factors(product, row_factors)? } else { None };
-        let factors = factors.as_ref();
+        self.launch_kernel(kernel, product, factors.as_ref())
+    }
+
+    /// Launches a product by this kernel; the weight is not rotated.
+    fn launch_kernel(&self, kernel: LinearKernel, product: &Product<'_, R>, factors: Option<&Buffer>) -> Result<()> {
         match kernel {
             LinearKernel::Gemv(shape) => gemv::launch(self, shape, product),
             LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, factors),
@@ -131,7 +139,7 @@ impl<R: Runtime> Gpu<R> {
             combine,
             out,
         };
-        if gate.decoder == up.decoder {
+        if gate.decoder == up.decoder && !gate.decoder.is_trellis() {
             return self.multiply(kernel, &product(gate, Some(up), args.activation, Combine::Nothing, args.out), None);
         }
         let activated = self.scratch(OP, DType::F32, &[args.x.rows(), gate.out_features])?;
@@ -181,11 +189,11 @@ impl<R: Runtime> LinearOps for Gpu<R> {
             if product.weight.out_features == 0 {
                 continue;
             }
-            let kernel = select::select(self, &product);
-            if factors.is_none() && kernel.reads_row_factors() {
+            let kernel = if product.weight.decoder.is_trellis() { None } else { Some(select::select(self, &product)) };
+            if factors.is_none() && kernel.is_none_or(LinearKernel::reads_row_factors) {
                 factors = self.factors(&product, None)?;
             }
-            self.multiply(Some(kernel), &product, factors.as_ref())?;
+            self.multiply(kernel, &product, factors.as_ref())?;
         }
         Ok(())
     }
@@ -197,6 +205,10 @@ impl<R: Runtime> LinearOps for Gpu<R> {
     fn run_embedding(&self, args: EmbeddingArgs<'_, Self>) -> Result<()> {
         let table = args.table.data();
         let (tokens, hidden) = (args.ids.elements(), table.in_features);
+        if let Some(trellis) = table.trellis() {
+            let to = exl3::Unfolded { out: args.out, rows: tokens, transposed: false };
+            return exl3::unfold(self, table, trellis, &exl3::Rows::Listed(args.ids), &to);
+        }
         let (grouping, group) = grouping(table);
         let out = Storage::of(args.out.dtype());
         let config = EmbeddingConfig { decoder: table.kernel_decoder(), grouping, out };

@@ -16,7 +16,7 @@ pub struct GpuExperts {
     pub(super) groups: Vec<Group>,
 }
 
-/// Weights `[experts, word rows, N]` of one projection with the same decoder.
+/// Weights `[experts, word rows, N]` of one projection with the same decoder. EXL3 has suh in `scales`, svh in `zeros`.
 pub(super) struct Bank {
     pub(super) decoder: Decoder,
     /// `[experts, word rows, N]`.
@@ -33,6 +33,8 @@ pub(super) struct Bank {
     pub(super) table_len: usize,
     /// `[experts, N]` f32.
     pub(super) bias: Option<(Buffer, usize)>,
+    /// The same where it is added after a rotation.
+    pub(super) late_bias: Option<(Buffer, usize)>,
 }
 
 /// A bank as kernel arguments.
@@ -109,6 +111,8 @@ impl Filling {
                 bias.extend(expert_bias.unwrap_or_else(|| vec![0.0; self.columns]));
             }
         }
+        let bias = if biased { Some((gpu.create_f32(OP, &bias)?, bias.len())) } else { None };
+        let (bias, late_bias) = if self.decoder.is_trellis() { (None, bias) } else { (bias, None) };
         Ok(Bank {
             decoder: self.decoder,
             word_count: words.len().max(1),
@@ -119,7 +123,8 @@ impl Filling {
             zeros: gpu.create(OP, &zeros)?,
             table_len: table.len().max(1),
             table: gpu.create_f32(OP, &table)?,
-            bias: if biased { Some((gpu.create_f32(OP, &bias)?, bias.len())) } else { None },
+            bias,
+            late_bias,
         })
     }
 }

@@ -6,6 +6,7 @@ use marlin_ops::linear::Residual;
 use marlin_ops::moe::{GroupedGemmArgs, RowOrder};
 use marlin_ops::{Device, OpError, Result, Tensor};
 
+use super::exl3::Order;
 use super::experts::Group;
 use super::gemm::SortedRows;
 use super::group::Sorted;
@@ -103,7 +104,7 @@ impl<R: Runtime> Gpu<R> {
         let scratch = if direct { None } else { Some(self.scratch(OP, DType::F32, &[rows, columns])?) };
         let products = scratch.as_ref().unwrap_or(args.out);
         for group in &args.experts.data().groups {
-            Call::projection(args, group).tiles(self, &sorted, slots, products, kernel)?;
+            Call::projection(args, group).run(self, &Order::Sorted { rows: &sorted, slots }, products, kernel)?;
         }
         if let Some(products) = &scratch {
             // A sum of one row with the weight 1 puts it in its place and rounds it.

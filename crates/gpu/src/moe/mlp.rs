@@ -6,6 +6,7 @@ use marlin_ops::linear::{Activation, Residual};
 use marlin_ops::moe::ExpertMlpArgs;
 use marlin_ops::{Device, OpError, Result, Tensor};
 
+use super::exl3::Order;
 use super::experts::{Bank, Group};
 use super::fused::Fused;
 use super::gemm::SortedRows;
@@ -133,11 +134,13 @@ impl<R: Runtime> Gpu<R> {
         let (hidden, intermediate) = (args.experts.hidden(), args.experts.intermediate());
         let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
         for (g, group) in args.experts.data().groups.iter().enumerate() {
-            Call::gated(args, group).rows(self, args.ids, slots, &gated, kernel, g == 0);
+            let order = Order::Assignments { ids: args.ids, slots, check: g == 0 };
+            Call::gated(args, group).run(self, &order, &gated, kernel)?;
         }
         let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
         for group in &args.experts.data().groups {
-            Call::down(args, group, &gated).rows(self, args.ids, 1, &rows, kernel, false);
+            let order = Order::Assignments { ids: args.ids, slots: 1, check: false };
+            Call::down(args, group, &gated).run(self, &order, &rows, kernel)?;
         }
         self.combine(&rows, None, args.weights, &args.residual, args.out);
         Ok(())
@@ -155,11 +158,12 @@ impl<R: Runtime> Gpu<R> {
         let sorted = SortedRows { tiles: &tiles, tile_count, offsets: &offsets, permutation: &permutation };
         let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
         for group in &args.experts.data().groups {
-            Call::gated(args, group).tiles(self, &sorted, Some(slots), &gated, kernel)?;
+            let order = Order::Sorted { rows: &sorted, slots: Some(slots) };
+            Call::gated(args, group).run(self, &order, &gated, kernel)?;
         }
         let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
         for group in &args.experts.data().groups {
-            Call::down(args, group, &gated).tiles(self, &sorted, None, &rows, kernel)?;
+            Call::down(args, group, &gated).run(self, &Order::Sorted { rows: &sorted, slots: None }, &rows, kernel)?;
         }
         self.combine(&rows, Some(&inverse), args.weights, &args.residual, args.out);
         Ok(())
@@ -168,6 +172,10 @@ impl<R: Runtime> Gpu<R> {
     fn expert_mlp_fused(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
         let rows = self.scratch(OP, DType::F32, &[args.ids.elements(), args.experts.hidden()])?;
         let experts = args.experts.data();
+        if experts.banks.iter().any(|bank| bank.decoder.is_trellis()) {
+            let what = "exl3 experts in one launch, which rotations part,".into();
+            return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
+        }
         for (g, group) in experts.groups.iter().enumerate() {
             let fused = Fused {
                 x: args.x,

@@ -3,6 +3,7 @@
 mod aux_loss;
 mod combine;
 mod dot;
+mod exl3;
 mod experts;
 mod fused;
 mod gemm;

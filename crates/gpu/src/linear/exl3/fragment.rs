@@ -1,0 +1,227 @@
+//! Tiles as operands of tensor-core products: the order of a tile is that of the 16-row operand of `m16n8k16` with the
+//! weights' columns as its rows, so lane `t` decodes its eight positions `8 t` to `8 t + 7` into the four registers of one
+//! product.
+//!
+//! The states of a lane are windows of 16 bits in a stream of `7 bits + 16`. It is moved into whole registers first, by as
+//! many bits as the lane needs; from there on all places are known at compile time. What decodes a tile is bound by integer
+//! instructions: states are moved up by products with powers of two that the compiler does not know, and tensor cores also
+//! make the sums of halves and of bytes.
+
+use cubecl::cmma::MmaDefinition;
+use cubecl::prelude::*;
+use half::f16;
+use marlin_formats::exl3::Codebook;
+
+use crate::decode::Trellis;
+use crate::decode::exl3::{CHANGED, product};
+
+/// First bits of the registers that a lane's stream is moved to, by bit rate. With 3 and 4 bits two registers that overlap
+/// hold all states whole.
+const STARTS: [&[usize]; 8] = [&[0], &[0], &[0, 5], &[0, 12], &[0, 32], &[0, 32], &[0, 32, 64], &[0, 32, 64]];
+
+impl Trellis {
+    /// Consecutive words that a lane reads, cyclically.
+    pub(super) const fn lane_words(self) -> usize {
+        if self.bits < 5 { 2 } else { 3 }
+    }
+
+    /// Where states end relative to the first bit of the lane before the first of them.
+    const fn lead(self) -> usize {
+        16 - self.bits
+    }
+
+    const fn starts(self) -> &'static [usize] {
+        STARTS[self.bits - 1]
+    }
+
+    /// The register that holds the state of position `j` whole, or the first of two.
+    fn register(self, j: usize) -> (usize, bool) {
+        let bit = j * self.bits;
+        let starts = self.starts();
+        match starts.iter().position(|&start| start <= bit && bit + 16 <= start + 32) {
+            Some(register) => (register, true),
+            None => (bit / 32, false),
+        }
+    }
+}
+
+/// The first bit of a lane's stream within a tile.
+#[cube]
+pub(super) fn first_bit(lane: usize, #[comptime] t: Trellis) -> usize {
+    (lane * comptime!(8 * t.bits) + comptime!(256 * t.bits - t.lead())) % comptime!(256 * t.bits)
+}
+
+impl Trellis {
+    /// The factors that move the states of positions 1 to 7 to the upper half of their registers; 0 where they are there, or
+    /// lie in two registers or in the lower half.
+    pub(super) fn powers(self) -> [u32; 7] {
+        std::array::from_fn(|i| {
+            let (register, whole) = self.register(i + 1);
+            let up = (i + 1) * self.bits - self.starts()[register];
+            if whole && up > 0 && up < 16 { 1 << up } else { 0 }
+        })
+    }
+}
+
+/// What a lane decodes with.
+#[derive(CubeType)]
+pub(super) struct Lane {
+    /// The first of the 32 bits of its first word that are the lane's.
+    pub(super) offset: u32,
+    /// [`crate::decode::exl3::KEPT`], known at run time only.
+    pub(super) kept: u32,
+    /// Of [`selector`].
+    pub(super) selector: Vector<u32, Const<2>>,
+    /// [`Trellis::powers`].
+    pub(super) powers: Array<u32>,
+}
+
+/// A lane's part of the matrix that makes `m16n8k16` (or `m16n8k32`) add up the halves (or bytes) of each register of the
+/// 16-row operand: column 2 t the first (second) register of lane t of a row, column 2 t + 1 the third (fourth).
+#[cube]
+pub(super) fn selector(lane: u32, #[comptime] codebook: Codebook) -> Vector<u32, Const<2>> {
+    let ones = comptime!(if codebook == Codebook::Mul1 { 0x0101_0101u32 } else { 0x3c00_3c00 });
+    let (g, t) = (lane / 4u32, lane % 4u32);
+    let mut selector = Vector::<u32, Const<2>>::empty();
+    selector.insert(0usize, select(g == 2u32 * t, ones.runtime(), 0u32));
+    selector.insert(1usize, select(g == 2u32 * t + 1u32, ones.runtime(), 0u32));
+    selector
+}
+
+/// The four registers of a lane; its words are those from `first` on.
+#[cube]
+pub(super) fn decode_lane(
+    words: &Array<u32>,
+    lane: &Lane,
+    #[comptime] first: usize,
+    #[comptime] t: Trellis,
+) -> Array<Vector<f16, Const<2>>> {
+    let mut aligned = Array::<u32>::new(comptime!(t.starts().len()));
+    #[unroll]
+    for i in 0..comptime!(t.starts().len()) {
+        let start = comptime!(t.starts()[i]);
+        let pair = comptime!(start / 32);
+        // Starts that are no multiples of 32 are so small that they stay within the first two words.
+        let down = comptime!((32 - start % 32) as u32) - lane.offset;
+        let high = u64::cast_from(words[comptime!(first + pair)]) << 32u64;
+        let low = if comptime!(pair + 1 < t.lane_words()) {
+            u64::cast_from(words[comptime!(first + pair + 1)])
+        } else {
+            0u64.runtime()
+        };
+        aligned[i] = u32::cast_from((high | low) >> u64::cast_from(down));
+    }
+    let mut out = Array::<Vector<f16, Const<2>>>::new(4usize);
+    #[unroll]
+    for pair in 0..2usize {
+        // Rows 0 and 1, or 8 and 9, from the lane's: of column 0, then of column 8. These are neighbouring registers of the
+        // product's operand, and of what tensor cores write.
+        let mut products = Array::<u32>::new(4usize);
+        #[unroll]
+        for i in 0..4usize {
+            let j = comptime!(2 * pair + i % 2 + i / 2 * 4);
+            products[i] = product(lane_state(&aligned, lane, j, t), t.codebook);
+        }
+        let columns = if comptime!(t.codebook == Codebook::Mul1) {
+            byte_sums(&products, lane)
+        } else {
+            half_sums(&products, lane)
+        };
+        out[comptime!(2 * pair)] = columns[0];
+        out[comptime!(2 * pair + 1)] = columns[1];
+    }
+    out
+}
+
+/// The state of position `j` of a lane.
+#[cube]
+fn lane_state(aligned: &Array<u32>, lane: &Lane, #[comptime] j: usize, #[comptime] t: Trellis) -> u32 {
+    let (register, whole) = comptime!(t.register(j));
+    let up = comptime!((j * t.bits - t.starts()[register]) as u32);
+    if comptime!(whole && up == 16) {
+        aligned[register] & 0xffffu32
+    } else if comptime!(whole && up == 0) {
+        aligned[register] >> 16u32
+    } else if comptime!(whole) {
+        (aligned[register] * lane.powers[comptime!(j - 1)]) >> 16u32
+    } else {
+        ((aligned[register] << up) | (aligned[comptime!(register + 1)] >> comptime!(32 - up))) >> 16u32
+    }
+}
+
+/// Pairs of values of [`Codebook::ThreeInst`] or [`Codebook::Mcg`] from the products of their states.
+#[cube]
+fn half_sums(products: &Array<u32>, lane: &Lane) -> Array<Vector<f16, Const<2>>> {
+    let mma = MmaDefinition::<f16, f16, f16>::new(16usize, 8usize, 16usize);
+    let mut halves = Array::<Vector<f16, Const<2>>>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        // The first and third register give the first pair.
+        let from = comptime!(i % 2 * 2 + i / 2);
+        halves[i] = Vector::<f16, Const<2>>::reinterpret((products[from] & lane.kept) ^ CHANGED);
+    }
+    let mut ones = Array::<Vector<f16, Const<2>>>::new(2usize);
+    ones[0] = Vector::<f16, Const<2>>::reinterpret(lane.selector.extract(0usize));
+    ones[1] = Vector::<f16, Const<2>>::reinterpret(lane.selector.extract(1usize));
+    let mut zero = Array::<Vector<f16, Const<2>>>::new(2usize);
+    zero[0] = Vector::<f16, Const<2>>::new(f16::new(0.0));
+    zero[1] = Vector::<f16, Const<2>>::new(f16::new(0.0));
+    // The sum of two halves is rounded once, to f16.
+    mma.execute(&halves, &ones, &zero)
+}
+
+/// Pairs of values of [`Codebook::Mul1`] from the products of their states.
+#[cube]
+fn byte_sums(products: &Array<u32>, lane: &Lane) -> Array<Vector<f16, Const<2>>> {
+    let mma = MmaDefinition::<u8, u8, i32>::new(16usize, 8usize, 32usize);
+    let mut bytes = Array::<Vector<u8, Const<4>>>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        bytes[i] = Vector::<u8, Const<4>>::reinterpret(products[comptime!(i % 2 * 2 + i / 2)]);
+    }
+    let mut ones = Array::<Vector<u8, Const<4>>>::new(2usize);
+    ones[0] = Vector::<u8, Const<4>>::reinterpret(lane.selector.extract(0usize));
+    ones[1] = Vector::<u8, Const<4>>::reinterpret(lane.selector.extract(1usize));
+    // 1024 as f16, whose last mantissa bit counts 1.
+    let mut start = Array::<Vector<i32, Const<2>>>::new(2usize);
+    start[0] = Vector::<i32, Const<2>>::new(0x6400i32);
+    start[1] = Vector::<i32, Const<2>>::new(0x6400i32);
+    let sums = mma.execute(&bytes, &ones, &start);
+    let mut out = Array::<Vector<f16, Const<2>>>::new(2usize);
+    #[unroll]
+    for i in 0..2usize {
+        let pair = u32::cast_from(sums[i].extract(1usize)) * 65_536u32 + u32::cast_from(sums[i].extract(0usize));
+        // A fused multiply-add: 0x1EEE and 0xC931.
+        out[i] = Vector::<f16, Const<2>>::reinterpret(pair)
+            * Vector::<f16, Const<2>>::new(f16::new(0.006_767_272_949_218_75))
+            + Vector::<f16, Const<2>>::new(f16::new(-10.382_812_5));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every state of every lane lies where [`lane_state`] looks for it, in the words that the lane reads.
+    #[test]
+    fn states_lie_in_the_registers() {
+        for bits in 1..=8 {
+            let t = Trellis { bits, codebook: Codebook::Mcg };
+            for lane in 0..32 {
+                let offset = (8 * bits * lane + 256 * bits - t.lead()) % 32;
+                for (i, &start) in t.starts().iter().enumerate() {
+                    assert!(start % 32 + offset <= 32 || start % 32 == 0, "{bits} bits, lane {lane}, register {i}");
+                }
+                let last = offset + 7 * bits + 16;
+                assert!(last <= 32 * t.lane_words(), "{bits} bits, lane {lane}");
+                for j in 0..8 {
+                    let (register, whole) = t.register(j);
+                    let bit = j * bits - t.starts()[register];
+                    assert!(bit + 16 <= if whole { 32 } else { 64 }, "{bits} bits, position {j}");
+                    assert!(whole || register + 1 < t.starts().len(), "{bits} bits, position {j}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! EXL3 products against the oracle: every bit rate and codebook, sizes that are padded, all kernels.
+
+use marlin_formats::DType;
+use marlin_formats::exl3::{Codebook, Exl3Matrix};
+use marlin_ops::convert::{DequantizeArgs, WeightOrder};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Residual};
+use marlin_ops::oracle::Oracle;
+use marlin_ops::{ConvertOps, Device, HostTensor, Linear, LinearOps, Result, Weight};
+
+use crate::linear::tile::{Accumulate, Tile};
+use crate::linear::{Gemv, LinearKernel};
+
+#[cfg(feature = "cuda")]
+fn gpu() -> crate::Cuda {
+    crate::cuda(None).unwrap()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> crate::Vulkan {
+    crate::vulkan(None).unwrap()
+}
+
+/// Error of a product relative to its norm: f16 rows after the rotation where there are tensor cores, f32 otherwise.
+fn bound<R: cubecl::Runtime>(gpu: &crate::Gpu<R>, kernel: Option<LinearKernel>, dtype: DType) -> f64 {
+    let narrow = kernel.is_none() && super::tensor::takes(dtype) && super::tensor::available(gpu);
+    if narrow { 6e-4 } else { 1e-5 }
+}
+
+fn random(count: usize, seed: u32) -> Vec<u32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 8
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn values(count: usize, seed: u32) -> Vec<f32> {
+    random(count, seed).into_iter().map(|word| word as f32 / 16_777_216.0 - 0.5).collect()
+}
+
+fn matrix(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Exl3Matrix {
+    let padded = |size: usize| size.next_multiple_of(128);
+    let scales = |count: usize, seed| {
+        let signed =
+            |word: u32| half::f16::from_f32(0.5 + (word % 64) as f32 / 64.0).to_bits() | (word as u16 & 0x8000);
+        random(count, seed).into_iter().map(signed).collect()
+    };
+    Exl3Matrix {
+        codebook,
+        bits,
+        in_features: k,
+        out_features: n,
+        trellis: random(padded(k) * padded(n) * bits as usize / 16, seed).into_iter().map(|word| word as u16).collect(),
+        suh: scales(padded(k), seed + 1),
+        svh: scales(padded(n), seed + 2),
+    }
+}
+
+fn weight(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Weight {
+    Weight::exl3(matrix(codebook, bits, n, k, seed)).unwrap().with_bias(values(n, seed + 3)).unwrap()
+}
+
+/// A linear layer with bias, activation and residual, `[M, N]`.
+fn layer<D: LinearOps>(
+    d: &D,
+    [m, n, k]: [usize; 3],
+    weight: &Weight,
+    dtype: DType,
+    run: impl Fn(&D, LinearArgs<'_, D>) -> Result<()>,
+) -> Vec<f64> {
+    let weight = Linear::new(d, weight.clone()).unwrap();
+    let x = d.upload(&HostTensor::from_f32_as(dtype, &[m, k], &values(m * k, 2)).unwrap()).unwrap();
+    let residual = d.upload(&HostTensor::from_f32(&[m, n], &values(m * n, 3)).unwrap()).unwrap();
+    let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
+    let (activation, residual) = (Activation::Silu, Residual::Add(&residual));
+    run(d, LinearArgs { x: &x, weight: &weight, activation, out_scale: 0.5, residual, out: &mut out }).unwrap();
+    d.read_f64(&out).unwrap()
+}
+
+fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
+}
+
+#[test]
+fn weights_are_unfolded() {
+    let gpu = gpu();
+    for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
+        let (n, k) = (130, 200);
+        let host = weight(codebook, bits, n, k, 7);
+        let expected = host.to_f32().unwrap();
+        let linear = Linear::new(&gpu, host).unwrap();
+        let mut out = gpu.zeros(DType::F32, &[k, 3]).unwrap();
+        let (first, order) = (126, WeightOrder::InputMajor);
+        gpu.dequantize(DequantizeArgs { weight: &linear, first, order, out: &mut out }).unwrap();
+        let found = gpu.read_f64(&out).unwrap();
+        let expected: Vec<f64> = (0..3 * k).map(|i| f64::from(expected[(first + i % 3) * k + i / 3])).collect();
+        let error = relative_norm(&found, &expected);
+        assert!(error < 1e-6, "{codebook:?} {bits}: {error:e}");
+    }
+}
+
+#[test]
+fn rows_of_an_embedding() {
+    let gpu = gpu();
+    let run = |d: &dyn Fn(&[u32]) -> Vec<f64>| d(&[129, 0, 77]);
+    let host = weight(Codebook::Mcg, 6, 130, 128, 9);
+    fn rows<D: LinearOps>(d: &D, host: &Weight, ids: &[u32]) -> Vec<f64> {
+        let table = Linear::new(d, host.clone()).unwrap();
+        let ids = d.upload(&HostTensor::from_u32(&[ids.len()], ids).unwrap()).unwrap();
+        let mut out = d.zeros(DType::F32, &[3, 128]).unwrap();
+        d.embedding(EmbeddingArgs { ids: &ids, table: &table, out: &mut out }).unwrap();
+        d.read_f64(&out).unwrap()
+    }
+    let found = run(&|ids| rows(&gpu, &host, ids));
+    let expected = run(&|ids| rows(&Oracle::new(), &host, ids));
+    let error = relative_norm(&found, &expected);
+    assert!(error < 1e-6, "{error:e}");
+}
+
+#[test]
+fn every_kernel_agrees() {
+    let gpu = gpu();
+    let tile = Tile { m: 32, n: 64, k: 32, units: 128, stages: 1, accumulate: Accumulate::F32 };
+    let gemv = LinearKernel::Gemv(Gemv { rows: 1, columns: 4, lanes_n: 32, lanes_k: 8 });
+    let mut compared = 0;
+    for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
+        let host = weight(codebook, bits, 200, 300, 11);
+        for (m, kernel, dtype) in [
+            (1, None, DType::F16),
+            (3, Some(gemv), DType::F32),
+            (9, Some(gemv), DType::BF16),
+            (9, None, DType::F32),
+            (3, None, DType::BF16),
+            (20, None, DType::F16),
+            (3, Some(LinearKernel::SplitK { tile, splits: 3 }), DType::F32),
+        ] {
+            let shape = [m, 200, 300];
+            if m > 1 && bits != 3 && codebook != Codebook::Mcg {
+                continue;
+            }
+            let found = layer(&gpu, shape, &host, dtype, |d, args| match kernel {
+                None => d.linear(args),
+                Some(kernel) => d.linear_with(kernel, args),
+            });
+            let expected = layer(&Oracle::new(), shape, &host, dtype, |d, args| d.linear(args));
+            let error = relative_norm(&found, &expected);
+            let bound = bound(&gpu, kernel, dtype);
+            assert!(error < bound, "{codebook:?} {bits} {m} {kernel:?} {dtype:?}: {error:e}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 50);
+}
+
+#[test]
+fn long_rows_are_cut_into_slices() {
+    let gpu = gpu();
+    let host = weight(Codebook::Mul1, 3, 128, 4096, 13);
+    for m in [1, 2, 5] {
+        let found = layer(&gpu, [m, 128, 4096], &host, DType::F16, |d, args| d.linear(args));
+        let expected = layer(&Oracle::new(), [m, 128, 4096], &host, DType::F16, |d, args| d.linear(args));
+        let error = relative_norm(&found, &expected);
+        assert!(error < bound(&gpu, None, DType::F16), "{m}: {error:e}");
+    }
+}
+
+#[test]
+fn gated_products_of_different_codebooks() {
+    fn gated<D: LinearOps>(d: &D) -> Vec<f64> {
+        let (m, n, k) = (2, 130, 256);
+        let gate = Linear::new(d, weight(Codebook::Mcg, 3, n, k, 21)).unwrap();
+        let up = Linear::new(d, weight(Codebook::Mul1, 4, n, k, 25)).unwrap();
+        let x = d.upload(&HostTensor::from_f32(&[m, k], &values(m * k, 6)).unwrap()).unwrap();
+        let gamma = d.upload(&HostTensor::from_f32(&[k], &values(k, 7)).unwrap()).unwrap();
+        let norm = Some(InputNorm { gamma: &gamma, gamma_offset: 1.0, eps: 1e-6 });
+        let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
+        let activation = Activation::Silu;
+        d.gated_up(GatedUpArgs { x: &x, norm, gate: &gate, up: &up, activation, out: &mut out }).unwrap();
+        d.read_f64(&out).unwrap()
+    }
+    let error = relative_norm(&gated(&gpu()), &gated(&Oracle::new()));
+    assert!(error < 1e-5, "{error:e}");
+}
+
+/// `|dy[n]| <= 2.5e-3 |svh[n]| rms(z)`, z over the 128 outputs of n.
+#[test]
+fn errors_are_those_of_the_format() {
+    let gpu = gpu();
+    for (codebook, bits, m, n, k) in [
+        (Codebook::Mcg, 3, 1, 640, 1024),
+        (Codebook::Mul1, 4, 2, 200, 2048),
+        (Codebook::ThreeInst, 2, 4, 128, 1300),
+        (Codebook::Mcg, 6, 16, 256, 1024),
+        (Codebook::Mul1, 3, 70, 256, 1400),
+    ] {
+        let host = matrix(codebook, bits, n, k, 31);
+        let svh: Vec<f64> = host.svh.iter().map(|&bits| half::f16::from_bits(bits).to_f64()).collect();
+        let host = Weight::exl3(host).unwrap();
+        fn plain<D: LinearOps>(d: &D, host: &Weight, m: usize) -> Vec<f64> {
+            let (n, k) = (host.out_features(), host.in_features());
+            let weight = Linear::new(d, host.clone()).unwrap();
+            let x = d.upload(&HostTensor::from_f32_as(DType::F16, &[m, k], &values(m * k, 5)).unwrap()).unwrap();
+            let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
+            let (activation, residual) = (Activation::None, Residual::None);
+            d.linear(LinearArgs { x: &x, weight: &weight, activation, out_scale: 1.0, residual, out: &mut out })
+                .unwrap();
+            d.read_f64(&out).unwrap()
+        }
+        let found = plain(&gpu, &host, m);
+        let expected = plain(&Oracle::new(), &host, m);
+        for (row, (found, expected)) in found.chunks(n).zip(expected.chunks(n)).enumerate() {
+            for start in (0..n).step_by(128) {
+                let block = start..n.min(start + 128);
+                let squares = block.clone().map(|i| (expected[i] / svh[i]).powi(2)).sum::<f64>();
+                let rms = (squares / block.len() as f64).sqrt();
+                for i in block {
+                    let error = (found[i] - expected[i]).abs() / (svh[i].abs() * rms);
+                    assert!(error <= 2.5e-3, "{codebook:?} {bits} row {row} column {i}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+/// Rows with a single 1 after the rotation give the decoded weights, each exactly.
+#[cfg(feature = "cuda")]
+#[test]
+fn tensor_cores_decode_exactly() {
+    use crate::linear::operands::{Combine, Product};
+    let gpu = gpu();
+    let (n, k) = (128, 256);
+    for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
+        let matrix = matrix(codebook, bits, n, k, 41);
+        let expected = matrix.inner().unwrap();
+        let trellis = crate::decode::Trellis { bits: bits as usize, codebook };
+        let linear = Linear::new(&gpu, Weight::exl3(matrix).unwrap()).unwrap();
+        for m in [k, 8, 3] {
+            // Of each tile of 16 channels, lane t has channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+            let mut rows = vec![0.0; m * k];
+            for row in 0..m {
+                let (tile, channel) = (row / 16, row % 16);
+                let place = channel % 8 / 2 * 4 + channel / 8 * 2 + channel % 2;
+                rows[row * k + tile * 16 + place] = 1.0;
+            }
+            let x = gpu.upload(&HostTensor::from_f32_as(DType::F16, &[m, k], &rows).unwrap()).unwrap();
+            let out = gpu.zeros(DType::F16, &[m, n]).unwrap();
+            let product = Product {
+                operation: "linear",
+                x: &x,
+                norm: None,
+                weight: linear.data(),
+                up: None,
+                activation: Activation::None,
+                out_scale: 1.0,
+                combine: Combine::Nothing,
+                out: &out,
+            };
+            let plan = super::tensor::Plan::new(&gpu, &product, trellis);
+            assert!(plan.takes_rotated());
+            let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
+            super::tensor::launch(&gpu, &product, &plan, Some(x.buffer()), &partials).unwrap();
+            let found = gpu.read_f32(&partials).unwrap();
+            for i in 0..m * n {
+                let sum: f32 = found.chunks(m * n).map(|slice| slice[i]).sum();
+                assert_eq!(sum, expected[i].to_f32(), "{codebook:?} {bits} bits, row {}, column {}", i / n, i % n);
+            }
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! Experts with EXL3 weights: each projection's rows are rotated with the signs and scales of their expert, multiplied with
+//! the tiles by the kernels of all formats, and rotated back.
+
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+use half::f16;
+use marlin_formats::DType;
+use marlin_formats::exl3::HADAMARD;
+use marlin_ops::linear::Activation;
+use marlin_ops::{Result, Tensor};
+
+use super::experts::Bank;
+use super::gemm::SortedRows;
+use super::mlp::{Call, ExpertKernel, OP};
+use crate::Gpu;
+use crate::element::{Storage, load};
+use crate::launch::{cubes, cubes_for, units};
+use crate::linear::exl3::rotate::{BLOCKS, Channels, LANES, NORM, first_channel, has_planes, transform};
+use crate::math::activate;
+
+#[cfg(all(test, any(feature = "vulkan", feature = "cuda")))]
+mod tests;
+
+/// Which row belongs to which assignment.
+pub(super) enum Order<'a, R: Runtime> {
+    /// Rows are assignments; `ids [T, k]`, a row of x for so many of them.
+    Assignments { ids: &'a Tensor<Gpu<R>>, slots: usize, check: bool },
+    /// Rows are sorted by expert; with `slots`, x has a row for so many assignments and not for each.
+    Sorted { rows: &'a SortedRows<'a, R>, slots: Option<usize> },
+}
+
+/// How kernels find the expert and the source of a row.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+struct Lookup {
+    /// Experts have stretches of rows, otherwise rows have ids.
+    sorted: bool,
+    /// x has a row for the assignments of a token.
+    gather: bool,
+}
+
+/// The place of a row's expert in its bank, [`u32::MAX`] for those of other banks. `experts_of` are ids, or the offsets of
+/// sorted rows.
+#[cube]
+fn place_of(
+    experts_of: &[u32],
+    places: &[u32],
+    row: usize,
+    rows: usize,
+    experts: u32,
+    projection: u32,
+    #[comptime] lookup: Lookup,
+) -> u32 {
+    let mut place = u32::MAX.runtime();
+    let row = select(row < rows, row, 0usize);
+    let mut expert = 0u32.runtime();
+    if comptime!(lookup.sorted) {
+        // The last expert whose rows begin at or before this one.
+        let mut after = experts;
+        while expert + 1u32 < after {
+            let middle = (expert + after) / 2u32;
+            let before = experts_of[middle as usize] as usize <= row;
+            expert = select(before, middle, expert);
+            after = select(before, after, middle);
+        }
+    } else {
+        expert = experts_of[row];
+    }
+    if expert < experts {
+        place = places[(projection * experts + expert) as usize];
+    }
+    place
+}
+
+/// What [`rotate_expert_input`] is compiled for.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+struct InputConfig {
+    x: Storage,
+    lookup: Lookup,
+    planes: bool,
+}
+
+/// `out [rows, 128 blocks]`: `had(x * suh)` with the suh of the row's expert.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn rotate_expert_input<X: Numeric>(
+    x: &[X],
+    experts_of: &[u32],
+    permutation: &[u32],
+    places: &[u32],
+    suh: &[f16],
+    out: &mut [Vector<f32, Const<4>>],
+    rows: u32,
+    k: u32,
+    blocks: u32,
+    slots: u32,
+    experts: u32,
+    projection: u32,
+    #[comptime] c: InputConfig,
+    #[define(X)] _element: ElemType,
+) {
+    let (rows, k, blocks) = (rows as usize, k as usize, blocks as usize);
+    let at = CUBE_POS * BLOCKS + UNIT_POS as usize / LANES;
+    let lane = UNIT_POS as usize % LANES;
+    let row = at / blocks;
+    let place = place_of(experts_of, places, row, rows, experts, projection, c.lookup);
+    let known = row < rows && place != u32::MAX;
+    let row = select(known, row, 0usize);
+    let mut source = row;
+    if comptime!(c.lookup.gather) {
+        source = select(known, row, 0usize) / slots as usize;
+        if comptime!(c.lookup.sorted) {
+            source = (permutation[row] / slots) as usize;
+        }
+    }
+    let first = at % blocks * HADAMARD + first_channel(lane, Channels::Neighbours);
+    let scales = select(known, place, 0u32) as usize * blocks * HADAMARD;
+    let mut values = Array::<f32>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        let inside = known && first + i < k;
+        let feature = select(inside, first + i, 0usize);
+        let value = load::<X>(x, select(inside, source * k + feature, 0usize), c.x);
+        values[i] = select(inside, value * f32::cast_from(suh[scales + feature]) * NORM, f32::new(0.0));
+    }
+    transform(&mut values, c.planes);
+    if known {
+        let mut quad = Vector::<f32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            quad.insert(i, values[i]);
+        }
+        out[at * LANES + lane] = quad;
+    }
+}
+
+/// What [`rotate_expert_output`] is compiled for.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+struct OutputConfig {
+    lookup: Lookup,
+    bias: bool,
+    activation: Activation,
+    planes: bool,
+}
+
+/// `out [rows, n]`: `act(had(z) * svh + bias)` with those of the row's expert.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn rotate_expert_output(
+    z: &[Vector<f32, Const<4>>],
+    experts_of: &[u32],
+    places: &[u32],
+    svh: &[f16],
+    bias: &[f32],
+    out: &mut [f32],
+    rows: u32,
+    n: u32,
+    blocks: u32,
+    experts: u32,
+    projection: u32,
+    #[comptime] c: OutputConfig,
+) {
+    let (rows, n, blocks) = (rows as usize, n as usize, blocks as usize);
+    let at = CUBE_POS * BLOCKS + UNIT_POS as usize / LANES;
+    let lane = UNIT_POS as usize % LANES;
+    let row = at / blocks;
+    let place = place_of(experts_of, places, row, rows, experts, projection, c.lookup);
+    let known = row < rows && place != u32::MAX;
+    let mut values = Array::<f32>::new(4usize);
+    let quad = z[select(known, at, 0usize) * LANES + lane];
+    #[unroll]
+    for i in 0..4usize {
+        values[i] = quad.extract(i);
+    }
+    transform(&mut values, c.planes);
+    #[unroll]
+    for i in 0..4usize {
+        let column = at % blocks * HADAMARD + lane * 4usize + i;
+        if known && column < n {
+            let mut value = values[i] * NORM * f32::cast_from(svh[place as usize * blocks * HADAMARD + column]);
+            if comptime!(c.bias) {
+                value += bias[place as usize * n + column];
+            }
+            out[row * n + column] = activate(value, c.activation);
+        }
+    }
+}
+
+/// `gate = act(gate) * up`, `[rows, columns]`, in the rows whose experts are in the bank.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_gate(
+    gate: &mut [f32],
+    up: &[f32],
+    experts_of: &[u32],
+    places: &[u32],
+    rows: u32,
+    columns: u32,
+    experts: u32,
+    projection: u32,
+    #[comptime] lookup: Lookup,
+    #[comptime] activation: Activation,
+) {
+    let (rows, columns) = (rows as usize, columns as usize);
+    let row = ABSOLUTE_POS / columns;
+    let place = place_of(experts_of, places, row, rows, experts, projection, lookup);
+    if row < rows && place != u32::MAX {
+        gate[ABSOLUTE_POS] = activate(gate[ABSOLUTE_POS], activation) * up[ABSOLUTE_POS];
+    }
+}
+
+impl<R: Runtime> Order<'_, R> {
+    fn lookup(&self) -> Lookup {
+        match self {
+            Self::Assignments { .. } => Lookup { sorted: false, gather: true },
+            Self::Sorted { slots, .. } => Lookup { sorted: true, gather: slots.is_some() },
+        }
+    }
+
+    fn slots(&self) -> usize {
+        match self {
+            Self::Assignments { slots, .. } => *slots,
+            Self::Sorted { slots, .. } => slots.unwrap_or(1),
+        }
+    }
+
+    /// Ids, or offsets of sorted rows.
+    fn experts_of(&self) -> BufferArg<R> {
+        let tensor = match self {
+            Self::Assignments { ids, .. } => ids,
+            Self::Sorted { rows, .. } => rows.offsets,
+        };
+        tensor.buffer().arg(tensor.elements())
+    }
+
+    fn permutation(&self, gpu: &Gpu<R>) -> BufferArg<R> {
+        match self {
+            Self::Sorted { rows, slots: Some(_) } => rows.permutation.buffer().arg(rows.permutation.elements()),
+            _ => gpu.unread(),
+        }
+    }
+}
+
+impl<R: Runtime> Call<'_, R> {
+    /// Launches the kernel of an order into `out [rows, N]`, with rotations where the weights have them.
+    pub(super) fn run(
+        &self,
+        gpu: &Gpu<R>,
+        order: &Order<'_, R>,
+        out: &Tensor<Gpu<R>>,
+        kernel: &ExpertKernel,
+    ) -> Result<()> {
+        let rotated = |bank: &Bank| bank.decoder.is_trellis();
+        let Some(second) = self.second else {
+            return if rotated(self.first) {
+                self.rotated(gpu, order, out, kernel)
+            } else {
+                self.plain(gpu, order, out, kernel)
+            };
+        };
+        if !rotated(self.first) && !rotated(second) {
+            return self.plain(gpu, order, out, kernel);
+        }
+        let up = gpu.scratch(OP, DType::F32, out.dims())?;
+        let single =
+            |first, first_place| Call { first, first_place, second: None, activation: Activation::None, ..*self };
+        single(self.first, self.first_place).run(gpu, order, out, kernel)?;
+        single(second, self.first_place + 1).run(gpu, order, &up, kernel)?;
+        // SAFETY: both hold rows times columns, places [3, E].
+        unsafe {
+            multiply_gate::launch_unchecked::<R>(
+                gpu.client(),
+                cubes_for(out.elements()),
+                units(),
+                out.buffer().arg(out.elements()),
+                up.buffer().arg(up.elements()),
+                order.experts_of(),
+                self.group.places.arg(3 * self.experts),
+                out.rows() as u32,
+                self.columns as u32,
+                self.experts as u32,
+                self.first_place as u32,
+                order.lookup(),
+                self.activation,
+            );
+        }
+        Ok(())
+    }
+
+    fn plain(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>, kernel: &ExpertKernel) -> Result<()> {
+        match order {
+            Order::Assignments { ids, slots, check } => {
+                self.rows(gpu, ids, *slots, out, kernel, *check);
+                Ok(())
+            }
+            Order::Sorted { rows, slots } => self.tiles(gpu, rows, *slots, out, kernel),
+        }
+    }
+
+    /// One projection between its rotations.
+    fn rotated(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>, kernel: &ExpertKernel) -> Result<()> {
+        let rows = out.rows();
+        let (features, columns) = (self.features.next_multiple_of(HADAMARD), self.columns.next_multiple_of(HADAMARD));
+        let x = gpu.scratch(OP, DType::F32, &[rows, features])?;
+        let z = gpu.scratch(OP, DType::F32, &[rows, columns])?;
+        self.rotate_input(gpu, order, &x);
+        let inner = Call { x: &x, second: None, activation: Activation::None, features, columns, ..*self };
+        let own = match order {
+            Order::Assignments { ids, check, .. } => Order::Assignments { ids, slots: 1, check: *check },
+            Order::Sorted { rows, .. } => Order::Sorted { rows, slots: None },
+        };
+        inner.plain(gpu, &own, &z, kernel)?;
+        self.rotate_output(gpu, order, &z, out);
+        Ok(())
+    }
+
+    fn rotate_input(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>) {
+        let (rows, blocks) = (out.rows(), out.columns() / HADAMARD);
+        let config = InputConfig { x: Storage::of(self.x.dtype()), lookup: order.lookup(), planes: has_planes(gpu) };
+        // SAFETY: x holds a row of features for each of `slots` rows, the bank's scales suh of all its experts, places
+        // [3, E], out the rotated rows; rows of other banks' experts are passed over.
+        unsafe {
+            rotate_expert_input::launch_unchecked::<R>(
+                gpu.client(),
+                cubes((rows * blocks).div_ceil(BLOCKS)),
+                units(),
+                self.x.buffer().arg(self.x.elements()),
+                order.experts_of(),
+                order.permutation(gpu),
+                self.group.places.arg(3 * self.experts),
+                self.first.scales.arg(self.first.scale_count),
+                out.buffer().arg(out.elements() / 4),
+                rows as u32,
+                self.features as u32,
+                blocks as u32,
+                order.slots() as u32,
+                self.experts as u32,
+                self.first_place as u32,
+                config,
+                config.x.elem(),
+            );
+        }
+    }
+
+    fn rotate_output(&self, gpu: &Gpu<R>, order: &Order<'_, R>, z: &Tensor<Gpu<R>>, out: &Tensor<Gpu<R>>) {
+        let (rows, blocks) = (z.rows(), z.columns() / HADAMARD);
+        let late_bias = self.first.late_bias.as_ref();
+        let config = OutputConfig {
+            lookup: order.lookup(),
+            bias: late_bias.is_some(),
+            activation: self.activation,
+            planes: has_planes(gpu),
+        };
+        // SAFETY: z holds the rotated rows, out rows times columns, the bank's zero points svh of all its experts, places
+        // [3, E]; rows of other banks' experts are passed over.
+        unsafe {
+            rotate_expert_output::launch_unchecked::<R>(
+                gpu.client(),
+                cubes((rows * blocks).div_ceil(BLOCKS)),
+                units(),
+                z.buffer().arg(z.elements() / 4),
+                order.experts_of(),
+                self.group.places.arg(3 * self.experts),
+                self.first.zeros.arg(self.first.zero_count),
+                late_bias.map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
+                out.buffer().arg(out.elements()),
+                rows as u32,
+                self.columns as u32,
+                blocks as u32,
+                self.experts as u32,
+                self.first_place as u32,
+                config,
+            );
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Experts of different bit rates, codebooks and formats against the oracle.
+
+use marlin_formats::exl3::{Codebook, Exl3Matrix};
+use marlin_formats::{DType, Format, QuantizedMatrix, Scheme};
+use marlin_ops::linear::{Activation, Residual};
+use marlin_ops::moe::{ExpertMlpArgs, GroupedGemmArgs, RowOrder};
+use marlin_ops::oracle::Oracle;
+use marlin_ops::{ExpertProjection, ExpertStack, ExpertWeights, HostTensor, MoeOps, OpError, Result, Weight};
+
+use crate::moe::{ExpertKernel, ExpertStrategy};
+
+#[cfg(feature = "cuda")]
+fn gpu() -> crate::Cuda {
+    crate::cuda(None).unwrap()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> crate::Vulkan {
+    crate::vulkan(None).unwrap()
+}
+
+const HIDDEN: usize = 136;
+const INTERMEDIATE: usize = 200;
+const EXPERTS: usize = 3;
+
+fn random(count: usize, seed: u32) -> Vec<u32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 8
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn values(count: usize, seed: u32) -> Vec<f32> {
+    random(count, seed).into_iter().map(|word| word as f32 / 16_777_216.0 - 0.5).collect()
+}
+
+fn trellis(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Weight {
+    let padded = |size: usize| size.next_multiple_of(128);
+    let scales = |count: usize, seed| {
+        let signed =
+            |word: u32| half::f16::from_f32(0.1 + (word % 64) as f32 / 256.0).to_bits() | (word as u16 & 0x8000);
+        random(count, seed).into_iter().map(signed).collect()
+    };
+    let matrix = Exl3Matrix {
+        codebook,
+        bits,
+        in_features: k,
+        out_features: n,
+        trellis: random(padded(k) * padded(n) * bits as usize / 16, seed).into_iter().map(|word| word as u16).collect(),
+        suh: scales(padded(k), seed + 1),
+        svh: scales(padded(n), seed + 2),
+    };
+    Weight::exl3(matrix).unwrap().with_bias(values(n, seed + 3)).unwrap()
+}
+
+fn grouped(n: usize, k: usize, seed: u32) -> Weight {
+    let scheme = Scheme::new(Format::Int4S4, 8).unwrap();
+    Weight::quantized(QuantizedMatrix::encode(scheme, &values(n * k, seed), n, k).unwrap()).unwrap()
+}
+
+/// Gate, up and down differ, and the last expert has one projection of another format.
+fn experts<D: MoeOps>(d: &D) -> ExpertStack<D> {
+    let expert = |e: usize| {
+        let seed = 100 * e as u32;
+        let up = match e {
+            2 => grouped(INTERMEDIATE, HIDDEN, seed),
+            _ => trellis(Codebook::Mul1, 4, INTERMEDIATE, HIDDEN, seed + 10),
+        };
+        ExpertWeights {
+            gate: trellis(Codebook::Mcg, 3, INTERMEDIATE, HIDDEN, seed),
+            up,
+            down: trellis(Codebook::ThreeInst, 2 + e as u32, HIDDEN, INTERMEDIATE, seed + 20),
+        }
+    };
+    ExpertStack::new(d, (0..EXPERTS).map(expert).collect()).unwrap()
+}
+
+fn ids(tokens: usize) -> Vec<u32> {
+    (0..tokens as u32).flat_map(|t| [t % 3, (t + 1 + t / 3 % 2) % 3]).collect()
+}
+
+fn mlp<D: MoeOps>(d: &D, tokens: usize, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -> Result<()>) -> Result<Vec<f64>> {
+    let x = d.upload(&HostTensor::from_f32_as(DType::F16, &[tokens, HIDDEN], &values(tokens * HIDDEN, 1))?)?;
+    let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens))?)?;
+    let weights = d.upload(&HostTensor::from_f32(&[tokens, 2], &values(tokens * 2, 2))?)?;
+    let mut out = d.upload(&HostTensor::from_f32(&[tokens, HIDDEN], &vec![f32::NAN; tokens * HIDDEN])?)?;
+    let experts = &experts(d);
+    let (activation, residual) = (Activation::Silu, Residual::None);
+    run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
+    d.read_f64(&out)
+}
+
+fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
+}
+
+#[test]
+fn mlps_agree() {
+    let gpu = gpu();
+    for (tokens, kernel) in [
+        (2, ExpertKernel::PARALLEL),
+        (1, ExpertKernel::PARALLEL),
+        (7, ExpertKernel::grouped(8)),
+        (40, ExpertKernel::grouped(32)),
+    ] {
+        let found = mlp(&gpu, tokens, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
+        let expected = mlp(&Oracle::new(), tokens, |d, args| d.moe_expert_mlp(args)).unwrap();
+        let error = relative_norm(&found, &expected);
+        assert!(error < 1e-5, "{tokens} tokens, {kernel:?}: {error:e}");
+    }
+}
+
+#[test]
+fn one_launch_cannot_rotate() {
+    let outcome = mlp(&gpu(), 2, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::FUSED));
+    assert!(matches!(outcome, Err(OpError::Unsupported { .. })), "{outcome:?}");
+    assert_eq!(ExpertKernel::FUSED.strategy, ExpertStrategy::Fused);
+}
+
+#[test]
+fn sorted_rows_of_one_projection() {
+    fn product<D: MoeOps>(d: &D, projection: ExpertProjection) -> Vec<f64> {
+        let tokens = 9;
+        let [k, n] = match projection {
+            ExpertProjection::Down => [INTERMEDIATE, HIDDEN],
+            _ => [HIDDEN, INTERMEDIATE],
+        };
+        let x = d.upload(&HostTensor::from_f32(&[tokens, k], &values(tokens * k, 3)).unwrap()).unwrap();
+        let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens)).unwrap()).unwrap();
+        let mut out = d.zeros(DType::F32, &[2 * tokens, n]).unwrap();
+        let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
+        let experts = &experts(d);
+        d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
+        d.read_f64(&out).unwrap()
+    }
+    let gpu = gpu();
+    for projection in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
+        let error = relative_norm(&product(&gpu, projection), &product(&Oracle::new(), projection));
+        assert!(error < 1e-5, "{projection:?}: {error:e}");
+    }
+}
