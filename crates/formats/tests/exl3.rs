@@ -133,7 +133,7 @@ fn linear_vector() -> Exl3Matrix {
         (s >> 16) as u16
     };
     let sign = |plus: bool| if plus { 1.0 } else { -1.0 };
-    let suh = |i: usize| f16::from_f64(sign(5 * i % 3 != 0) * (0.5 + (i % 7) as f64 / 16.0)).to_bits();
+    let suh = |i: usize| f16::from_f64(sign(!(5 * i).is_multiple_of(3)) * (0.5 + (i % 7) as f64 / 16.0)).to_bits();
     let svh = |i: usize| f16::from_f64(sign(i % 5 != 2) * (0.75 + (i % 4) as f64 / 32.0)).to_bits();
     Exl3Matrix {
         codebook: Codebook::Mul1,
@@ -183,7 +183,7 @@ fn the_transform_is_its_own_inverse() {
     let mut x = original;
     hadamard(&mut x);
     // Entry 3 by the definition.
-    let sign = |i: usize| if (i & 3usize).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let sign = |i: usize| if (i & 3usize).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
     let third: f64 = original.iter().enumerate().map(|(i, v)| sign(i) * v).sum();
     assert!((x[3] - third / 128f64.sqrt()).abs() < 1e-12);
     hadamard(&mut x);

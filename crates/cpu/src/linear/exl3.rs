@@ -19,7 +19,7 @@ use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
 
 /// Factor of an orthonormal transform.
-const NORM: f32 = 0.088_388_347_648;
+const NORM: f32 = 0.088_388_346;
 /// `a`: the f16 with bits 0x1EEE.
 const STEP: f32 = 1774.0 / 262_144.0;
 /// `1534 a + c`, the value of byte sum 510; c is the f16 with bits 0xC931.
@@ -538,8 +538,8 @@ impl<const BITS: usize> Kernel for DecodePairs<'_, BITS> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (tile, lines) in self.tiles.iter().zip(self.codes.as_chunks_mut::<PAIRS>().0) {
-            for pair in 0..PAIRS {
-                s.store_i(sum_pairs(s, tile, pair), &mut lines[pair].0);
+            for (pair, line) in lines.iter_mut().enumerate() {
+                s.store_i(sum_pairs(s, tile, pair), &mut line.0);
             }
         }
     }
