@@ -480,7 +480,10 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
     }
     // Rates and formats that differ from projection to projection.
     let exl3 = |codebook, bits| Storage::Exl3(codebook, bits);
-    let rates = [exl3(Codebook::Mul1, 3), exl3(Codebook::Mcg, 4), exl3(Codebook::Mul1, 2), fp4];
+    // Beside them a format that takes f32 activations in every mode: where rates round the hidden values a little, an
+    // int8 activation could become its neighbour.
+    let nf4 = quantized(Format::Nf4, 32);
+    let rates = [exl3(Codebook::Mul1, 3), exl3(Codebook::Mcg, 4), exl3(Codebook::Mul1, 2), nf4];
     for tokens in [1, 3, 5, 33, 130] {
         for (hidden, intermediate) in [(64, 96), (256, 384)] {
             for storages in [&rates[..1], &rates] {

@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use marlin_formats::exl3::{Codebook, HADAMARD, tile};
 
-use super::decode::PANEL;
 use super::{Activations, Panels, Rows, SPREAD_ELEMENTS, exact};
 use crate::Cpu;
 use crate::layout::PackedWeight;
@@ -122,36 +121,48 @@ impl Cpu {
     ) {
         debug_assert_eq!(acc.len(), SPAN * rows.len());
         let own = |rotated: &ForWeight<'_>| rotated.weight == address(q);
-        let (rotated, first, index) = match x.rotated.iter().flatten().find(|rotated| own(rotated)) {
-            Some(prepared) => (&prepared.rotated, rows.start, x.index),
-            None => {
-                let found = panels.rotated.iter().flatten().position(|r| own(r) && r.rows == rows);
-                let slot = found.unwrap_or_else(|| {
-                    let source = Rows { data: x.x, stride: x.columns, first: rows.start, index: x.index };
-                    let rotated = panels.cpu.rotate(q, source, rows.len(), x.f32_only, false);
-                    panels.rotated.swap(0, 1);
-                    panels.rotated[0] = Some(ForWeight { weight: address(q), rows: rows.clone(), rotated });
-                    0
-                });
-                match &panels.rotated[slot] {
-                    Some(own) => (&own.rotated, 0, None),
-                    None => unreachable!("the slot has just been filled"),
-                }
-            }
+        if let Some(prepared) = x.rotated.iter().flatten().find(|rotated| own(rotated)) {
+            let rows = (rows.start, x.index);
+            return self.multiply_rotated((weight, q), span, &prepared.rotated, rows, panels, acc);
+        }
+        let place = panels.rotated.iter().position(|r| r.as_ref().is_some_and(|r| own(r) && r.rows == rows));
+        // Taken out, so that the panels can be lent.
+        let rotated = match place {
+            Some(place) => panels.rotated[place].take(),
+            None => None,
         };
-        let workspace = &panels.cpu.workspace;
+        let rotated = rotated.unwrap_or_else(|| {
+            let source = Rows { data: x.x, stride: x.columns, first: rows.start, index: x.index };
+            let rotated = panels.cpu.rotate(q, source, rows.len(), x.f32_only, false);
+            ForWeight { weight: address(q), rows: rows.clone(), rotated }
+        });
+        self.multiply_rotated((weight, q), span, &rotated.rotated, (0, None), panels, acc);
+        panels.rotated.swap(0, 1);
+        panels.rotated[0] = Some(rotated);
+    }
+
+    /// [`Cpu::multiply_span`] of rotated rows from the first one, possibly picked by index.
+    fn multiply_rotated(
+        &self,
+        (weight, q): (&PackedWeight, &Exl3),
+        span: usize,
+        rotated: &Rotated<'_>,
+        (first, index): (usize, Option<&[u32]>),
+        panels: &mut Panels<'_>,
+        acc: &mut [Line<f32>],
+    ) {
         match rotated {
             Rotated::Codes(blocks) => {
                 let x = Rows { data: &blocks[..], stride: q.suh.len() / HADAMARD, first, index };
-                let codes = match rows.len() {
-                    1 => &mut [],
-                    _ => &mut panels.codes.get_or_insert_with(|| workspace.codes.take(CODE_PANEL))[..],
+                let codes = match acc.len() {
+                    SPAN => &mut [],
+                    _ => panels.lines().1,
                 };
                 self.level.run_trellis(CodeSpan { q, span, x, codes, acc });
             }
             Rotated::Floats(floats) => {
                 let x = Rows { data: &floats[..], stride: q.suh.len(), first, index };
-                let floats = panels.floats.get_or_insert_with(|| workspace.lines.take(PANEL));
+                let (floats, _) = panels.lines();
                 self.level.run_trellis(FloatSpan { weight, q, span, x, floats, acc });
             }
         }
@@ -309,6 +320,25 @@ macro_rules! with_bits {
     };
 }
 
+/// Expands a step for each of the row pairs of a tile, so that their shifts are constants; a loop where instructions
+/// gain nothing by that.
+macro_rules! for_pairs {
+    ($s:ident, |$pair:ident| $step:block) => {
+        if $s.unrolls() {
+            for_pairs!(@ $pair $step 0 1 2 3 4 5 6 7);
+        } else {
+            for $pair in 0..PAIRS $step
+        }
+    };
+    (@ $pair:ident $step:block $($i:literal)*) => {
+        $({
+            let $pair: usize = $i;
+            $step
+        })*
+    };
+}
+const _: () = assert!(PAIRS == 8);
+
 /// `u + 510` of two rows of all columns: their byte sums.
 #[inline(always)]
 fn sum_pairs<S: Simd, const BITS: usize>(s: S, tile: &[TrellisRow; BITS], pair: usize) -> S::I {
@@ -346,14 +376,14 @@ impl<const BITS: usize> Kernel for ByteSums<'_, BITS> {
     fn run<S: Simd>(self, s: S) {
         let multiplier = s.splat_i(Codebook::Mul1.multiplier() as i32);
         for (tile, lines) in self.tiles.iter().zip(self.panel.as_chunks_mut::<{ tile::SIDE }>().0) {
-            for pair in 0..PAIRS {
+            for_pairs!(s, |pair| {
                 for (state, line) in s.trellis_states(tile, pair).into_iter().zip(&mut lines[2 * pair..]) {
                     let u = s.add_i(s.sum_bytes(s.mul_i(state, multiplier)), s.splat_i(-510));
                     // The product is exact, so this rounds as the sum of the definition does.
                     let value = s.fma(s.to_f32(u), s.splat(STEP), s.splat(MIDDLE));
                     s.store(s.round_f16(value), &mut line.0);
                 }
-            }
+            });
         }
     }
 }
@@ -373,13 +403,13 @@ impl<const BITS: usize, const ROUND: bool> Kernel for HalfSums<'_, BITS, ROUND> 
         let multiplier = s.splat_i(self.codebook.multiplier() as i32);
         let increment = s.splat_i(self.codebook.increment() as i32);
         for (tile, lines) in self.tiles.iter().zip(self.panel.as_chunks_mut::<{ tile::SIDE }>().0) {
-            for pair in 0..PAIRS {
+            for_pairs!(s, |pair| {
                 for (state, line) in s.trellis_states(tile, pair).into_iter().zip(&mut lines[2 * pair..]) {
                     let x = s.add_i(s.mul_i(state, multiplier), increment);
                     let value = s.add(upper_half(s, x), upper_half(s, s.shl(x, 16)));
                     s.store(if ROUND { s.round_f16(value) } else { value }, &mut line.0);
                 }
-            }
+            });
         }
     }
 }
@@ -393,7 +423,7 @@ fn upper_half<S: Simd>(s: S, x: S::I) -> S::F {
 }
 
 /// Lines of code pairs that are decoded at once for several rows: they stay in the first-level cache.
-const CODE_PANEL: usize = 256;
+pub(super) const CODE_PANEL: usize = 256;
 /// Blocks of 128 input features of such a panel.
 const PANEL_BLOCKS: usize = CODE_PANEL / (HADAMARD / 2);
 
@@ -465,9 +495,9 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
             // Two chains: their sum is exact, whatever the order.
             let mut dots = [s.splat_i(x.start), s.splat_i(0)];
             for (tile, x) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0) {
-                for pair in 0..PAIRS {
+                for_pairs!(s, |pair| {
                     dots[pair % 2] = s.dot2(dots[pair % 2], sum_pairs(s, tile, pair), x[pair]);
-                }
+                });
             }
             acc = s.fma(s.to_f32(s.add_i(dots[0], dots[1])), s.splat(x.scale), acc);
             rest += x.rest;
@@ -535,12 +565,14 @@ struct DecodePairs<'a, const BITS: usize> {
 impl<const BITS: usize> Kernel for DecodePairs<'_, BITS> {
     type Output = ();
 
+    // The number of a pair is a constant where the loop is unrolled.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (tile, lines) in self.tiles.iter().zip(self.codes.as_chunks_mut::<PAIRS>().0) {
-            for (pair, line) in lines.iter_mut().enumerate() {
-                s.store_i(sum_pairs(s, tile, pair), &mut line.0);
-            }
+            for_pairs!(s, |pair| {
+                s.store_i(sum_pairs(s, tile, pair), &mut lines[pair].0);
+            });
         }
     }
 }

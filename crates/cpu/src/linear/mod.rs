@@ -106,12 +106,13 @@ pub(crate) struct Panels<'a> {
 }
 
 impl Panels<'_> {
+    /// Floats and codes that are enough for whichever product comes first.
     fn lines(&mut self) -> (&mut [Line<f32>], &mut [Line<u32>]) {
         let (codes, floats) = int8::panel_lines(self.in_features);
         let workspace = &self.cpu.workspace;
         (
             self.floats.get_or_insert_with(|| workspace.lines.take(floats.max(decode::PANEL))),
-            self.codes.get_or_insert_with(|| workspace.codes.take(codes)),
+            self.codes.get_or_insert_with(|| workspace.codes.take(codes.max(exl3::CODE_PANEL))),
         )
     }
 }

@@ -399,12 +399,11 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
                 unsafe { _mm512_permutex2var_epi8(first_rows, index, second_rows) }
             }
         };
-        let [low, high] = Gather::<BITS>::SHIFTS[pair];
-        let mask = self.splat_i(0xFFFF);
-        let bits = BITS as u32;
-        [
-            self.and(self.shr_halves(window, [low + bits, high + bits]), mask),
-            self.and(self.shr_halves(window, [low, high]), mask),
-        ]
+        let [even, odd] = &Gather::<BITS>::SHIFTS[pair / 4];
+        let (even, odd, mask) = (self.load_i(even), self.load_i(odd), self.splat_i(0xFFFF));
+        intrinsic!([
+            _mm512_and_si512(_mm512_srlv_epi32(window, even), mask),
+            _mm512_and_si512(_mm512_srlv_epi32(window, odd), mask),
+        ])
     }
 }

@@ -51,6 +51,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// True with 32 vector registers of 64 bytes: kernels block more rows.
     const WIDE: bool;
 
+    /// Whether loops over the parts of a trellis tile are unrolled, which makes their shifts constants.
+    #[inline(always)]
+    fn unrolls(self) -> bool {
+        true
+    }
+
     /// Runs a kernel as a function of its own, so that it has all registers to itself.
     #[inline(always)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {

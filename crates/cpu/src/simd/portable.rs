@@ -26,6 +26,11 @@ impl Simd for Portable {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn unrolls(self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         [v; LANES]
     }

@@ -53,8 +53,8 @@ impl<const BITS: usize> Gather<BITS> {
     pub(super) const ROWS: &'static [[usize; 2]; PAIRS] = &gather_rows(BITS);
     /// For each byte of the lanes its place there: 0 to 63 in the first pair of rows, 64 to 127 in the second.
     pub(super) const BYTES: &'static [[u8; 4 * LANES]; PAIRS] = &gather_bytes(BITS);
-    /// Bits behind the windows of the first eight lanes and of the others.
-    pub(super) const SHIFTS: &'static [[u32; 2]; PAIRS] = &gather_shifts(BITS);
+    /// Bits behind the first and behind the second state in each lane, of the first and of the last four row pairs.
+    pub(super) const SHIFTS: &'static [[[u32; LANES]; 2]; 2] = &gather_shifts(BITS);
 }
 
 /// Bytes of a stream up to the end of a window.
@@ -64,12 +64,15 @@ const fn window_bytes(bits: usize, pair: usize, half: usize) -> usize {
 }
 
 #[cfg(target_arch = "x86_64")]
-const fn gather_shifts(bits: usize) -> [[u32; 2]; PAIRS] {
-    let mut shifts = [[0; 2]; PAIRS];
+const fn gather_shifts(bits: usize) -> [[[u32; LANES]; 2]; 2] {
+    let mut shifts = [[[0; LANES]; 2]; 2];
     let mut i = 0;
-    while i < 2 * PAIRS {
-        let (pair, half) = (i / 2, i % 2);
-        shifts[pair][half] = (8 * window_bytes(bits, pair, half) - window_end(bits, pair, half)) as u32;
+    while i < 4 * LANES {
+        let (quarter, state, lane) = (i / 2 / LANES, i / LANES % 2, i % LANES);
+        // Streams of the four row pairs are whole bytes apart.
+        let (pair, half) = (4 * quarter, lane / COLUMNS);
+        let behind = 8 * window_bytes(bits, pair, half) - window_end(bits, pair, half);
+        shifts[quarter][state][lane] = (behind + bits * (1 - state)) as u32;
         i += 1;
     }
     shifts
