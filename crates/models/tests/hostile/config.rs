@@ -169,7 +169,7 @@ fn quantization_configs() {
     let native = |default: Value| json!({"quant_method": "metal_marlin", "format_version": 1, "default": default, "modules": {}, "ignore": []});
     refused(
         json!({"quant_method": "hqq", "bits": 4}),
-        &["`quantization_config.quant_method` `hqq`", "not supported; supported: metal_marlin, gptq, awq"],
+        &["`quantization_config.quant_method` `hqq`", "not supported; supported: metal_marlin, exl3, gptq, awq"],
     );
     refused(json!({"bits": 4}), &["`quantization_config.quant_method` is missing"]);
     refused(
