@@ -32,7 +32,6 @@ RTN_FORMATS = [
 ]
 GPTQ_FORMATS = ["fp4_e2m1", "int4_s4", "int4_u4", "int3", "int2"]
 AWQ_FORMATS = ["int4_s4", "int4_u4", "int3"]
-MR_GPTQ_FORMATS = ["fp4_e2m1", "nvfp4", "mxfp4"]
 MIXED_BITS = ["2.5", "3", "3.5"]
 EXL3_BITS = ["1", "1.5", "2", "2.5", "3", "3.5", "4", "5", "6"]
 
@@ -46,8 +45,6 @@ def jobs():
         yield name, "GPTQ", ["--format", name, "--method", "gptq", *calibrated]
     for name in AWQ_FORMATS:
         yield name, "AWQ", ["--format", name, "--method", "awq", *calibrated]
-    for name in MR_GPTQ_FORMATS:
-        yield name, "MR-GPTQ", ["--format", name, "--method", "mr-gptq", *calibrated]
     for bits in MIXED_BITS:
         yield f"int, {bits} bits", "GPTQ, mixed", ["--format", "int", "--bits", bits, *calibrated]
     for bits in EXL3_BITS:
