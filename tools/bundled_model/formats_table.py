@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measures every weight format and method on the bundled model: the table and the plot of models/README.md.
 
-Usage, from the repository root: python3 tools/bundled_model/formats_table.py [--print-only] [--only TEXT]
+Usage, from the repository root: python3 tools/bundled_model/formats_table.py [--only TEXT]
 
 Each row is one `marlin quantize` of models/marlin-stories followed by `marlin perplexity` on models/data/heldout.txt
 with the bf16 model as reference: with f32 activations (--exact) and in the default mode. The plot is drawn by matplotlib,
-which is installed into an environment of its own at the first run.
+which is installed into an environment of its own at the first run. The numbers are kept in models/quality.json: with --only,
+the other rows are those of the file.
 """
 
 import argparse
@@ -22,6 +23,7 @@ HELDOUT = ROOT / "models/data/heldout.txt"
 CALIBRATION = ROOT / "models/data/calibration.txt"
 README = ROOT / "models/README.md"
 PLOT = ROOT / "models/quality.svg"
+ROWS = ROOT / "models/quality.json"
 VENV = ROOT / "target/quality_venv"
 MATPLOTLIB = "matplotlib==3.10.7"
 BEGIN, END = "<!-- formats table: begin -->", "<!-- formats table: end -->"
@@ -83,15 +85,27 @@ def measure(name, method, model):
 
 
 def measure_all(only):
-    rows = [measure("bf16", "-", MODEL)]
-    for name, method, arguments in jobs():
-        if only and only not in f"{name} {method}":
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = pathlib.Path(folder) / "model"
-            marlin("quantize", MODEL, out, *arguments)
-            rows.append(measure(name, method, out))
+    """The rows of all jobs, each kept as soon as it is measured; those without `only` in their names as they were kept."""
+    kept = {(row["name"], row["method"]): row for row in json.loads(ROWS.read_text())} if ROWS.exists() else {}
+    rows = []
+    for name, method, arguments in [("bf16", "-", None), *jobs()]:
+        row = kept.get((name, method))
+        if row is None or not only or only in f"{name} {method}":
+            row = quantize_and_measure(name, method, arguments)
+        rows.append(row)
+        known = {**kept, **{(row["name"], row["method"]): row for row in rows}}
+        ROWS.write_text("[\n" + ",\n".join(json.dumps(row) for row in known.values()) + "\n]\n")
+    ROWS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return rows
+
+
+def quantize_and_measure(name, method, arguments):
+    if arguments is None:
+        return measure(name, method, MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "model"
+        marlin("quantize", MODEL, out, *arguments)
+        return measure(name, method, out)
 
 
 def table(rows):
@@ -151,22 +165,16 @@ def run_in_venv():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--print-only", action="store_true", help="leave models/ alone")
-    parser.add_argument("--only", metavar="TEXT", help="rows whose format and method contain TEXT; implies --print-only")
+    parser.add_argument("--only", metavar="TEXT", default="", help="measure rows whose format and method contain TEXT")
     arguments = parser.parse_args()
-    if not arguments.print_only and not arguments.only and pathlib.Path(sys.prefix) != VENV:
+    if pathlib.Path(sys.prefix) != VENV:
         run_in_venv()
     subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
     rows = measure_all(arguments.only)
-    text = table(rows)
-    if arguments.print_only or arguments.only:
-        print(text)
-        return
-    readme = README.read_text()
-    head, rest = readme.split(BEGIN)
+    head, rest = README.read_text().split(BEGIN)
     _, tail = rest.split(END)
     plot(rows)
-    README.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    README.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}")
 
 
 if __name__ == "__main__":
