@@ -76,18 +76,9 @@ impl GpuWeight {
         if self.decoder.is_trellis() { self.out_features.next_multiple_of(HADAMARD) } else { self.out_features }
     }
 
-    /// The error of an operation that multiplies without rotations.
-    pub(crate) fn refuse_trellis<R: Runtime>(&self, gpu: &Gpu<R>, operation: &'static str) -> Result<()> {
-        use marlin_ops::{Device, OpError};
-        if !self.decoder.is_trellis() {
-            return Ok(());
-        }
-        Err(OpError::Unsupported { operation, backend: gpu.name(), what: "exl3 weights".into() })
-    }
-
     /// Units along K, the last one possibly padded.
     pub(crate) fn units(&self) -> usize {
-        self.in_features.div_ceil(self.decoder.unit())
+        self.padded_in().div_ceil(self.decoder.unit())
     }
 }
 

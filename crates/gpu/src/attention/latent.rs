@@ -12,11 +12,13 @@ use marlin_ops::{Result, Tensor};
 use super::ALL_KEYS;
 use super::attend::{Attend, Source};
 use super::project::{AbsorbConfig, ExpandConfig, VALUE_COLUMNS, absorb, absorb_units, expand, value};
+use super::rotated;
 use super::rows::{Codes, Rows};
 use super::tile::AttentionKernel;
 use crate::Gpu;
 use crate::element::Storage;
 use crate::launch::{cubes, units};
+use crate::weight::GpuWeight;
 
 /// Most bytes of expanded keys and values at once.
 const EXPANDED_BYTES: usize = 256 << 20;
@@ -77,7 +79,6 @@ pub(super) fn decode<R: Runtime>(
     kernel: Option<AttentionKernel>,
 ) -> Result<()> {
     const OP: &str = "mla_decode";
-    args.kv_b.data().refuse_trellis(gpu, OP)?;
     let d = args.dims();
     if d.value == 0 {
         return Ok(());
@@ -85,7 +86,12 @@ pub(super) fn decode<R: Runtime>(
     let rows = d.batch * d.queries * d.heads;
     let width = d.rank + d.rope;
     let absorbed = gpu.scratch(OP, DType::F32, &[rows, width])?;
-    launch_absorb(gpu, &args, &absorbed);
+    let trellis = args.kv_b.data().decoder.is_trellis();
+    if trellis {
+        rotated::absorb(gpu, &args, &absorbed)?;
+    } else {
+        launch_absorb(gpu, args.kv_b.data(), &Heads::of_queries(d), args.q, &absorbed);
+    }
     let sums = gpu.scratch(OP, DType::F32, &[rows, d.rank])?;
     let core = Core {
         dims: d,
@@ -100,7 +106,10 @@ pub(super) fn decode<R: Runtime>(
         out: &sums,
     };
     core.run(OP, gpu)?;
-    launch_value(gpu, &args, &sums);
+    if trellis {
+        return rotated::value(gpu, &args, &sums);
+    }
+    launch_value(gpu, args.kv_b.data(), &Heads::of_values(d), &sums, args.out);
     Ok(())
 }
 
@@ -111,7 +120,6 @@ pub(super) fn prefill<R: Runtime>(
     kernel: Option<AttentionKernel>,
 ) -> Result<()> {
     const OP: &str = "mla_prefill";
-    args.kv_b.data().refuse_trellis(gpu, OP)?;
     let d = args.dims();
     if d.value == 0 {
         return Ok(());
@@ -122,9 +130,11 @@ pub(super) fn prefill<R: Runtime>(
     let keys = gpu.scratch(OP, DType::F32, &[d.batch, at_once, longest, key_width])?;
     let values = gpu.scratch(OP, DType::F32, &[d.batch, at_once, longest, d.value])?;
     let lengths = gpu.length_words(OP, args.kv_len)?;
+    let unfolded = rotated::unfolded(gpu, &args)?;
+    let weight = unfolded.as_ref().unwrap_or(args.kv_b.data());
     for first in (0..d.heads).step_by(at_once) {
         let count = at_once.min(d.heads - first);
-        launch_expand(gpu, &args, &lengths, first..first + count, longest, [&keys, &values]);
+        launch_expand(gpu, &args, weight, &lengths, first..first + count, longest, [&keys, &values]);
         let core = Core {
             dims: d,
             q: args.q,
@@ -142,30 +152,61 @@ pub(super) fn prefill<R: Runtime>(
     Ok(())
 }
 
+/// Rows of queries, and the part of each head's columns of `kv_b` that they meet.
+pub(super) struct Heads {
+    /// Rows of all heads, and heads.
+    pub(super) rows: usize,
+    pub(super) heads: usize,
+    /// Columns of a head, and of these the first and the number of those of the part.
+    pub(super) of_head: usize,
+    pub(super) offset: usize,
+    pub(super) count: usize,
+    /// Values of a row behind those of the part.
+    pub(super) rope: usize,
+}
+
+impl Heads {
+    /// The key columns, which queries meet.
+    pub(super) fn of_queries(d: MlaDims) -> Self {
+        let (rows, of_head) = (d.batch * d.queries, d.nope + d.value);
+        Self { rows, heads: d.heads, of_head, offset: 0, count: d.nope, rope: d.rope }
+    }
+
+    /// The value columns, which sums meet.
+    pub(super) fn of_values(d: MlaDims) -> Self {
+        Self { offset: d.nope, count: d.value, rope: 0, ..Self::of_queries(d) }
+    }
+}
+
 /// `[rows, n + R]` to `[rows, r + R]`.
-fn launch_absorb<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu<R>>, absorbed: &Tensor<Gpu<R>>) {
-    let (d, weight) = (args.dims(), args.kv_b.data());
-    let config = AbsorbConfig { q: Storage::of(args.q.dtype()), decoder: weight.decoder };
-    let rows = d.batch * d.queries;
+pub(super) fn launch_absorb<R: Runtime>(
+    gpu: &Gpu<R>,
+    weight: &GpuWeight,
+    heads: &Heads,
+    q: &Tensor<Gpu<R>>,
+    absorbed: &Tensor<Gpu<R>>,
+) {
+    let config = AbsorbConfig { q: Storage::of(q.dtype()), decoder: weight.decoder };
     let blocks = weight.units().div_ceil(absorb_units());
-    // SAFETY: q and `absorbed` hold rows * H rows of n + R and r + R, the weight H (n + v) columns of r features.
+    // SAFETY: q and `absorbed` hold rows * H rows of n + R and r + R, the weight its padded columns of padded r features.
     unsafe {
         absorb::launch_unchecked::<R>(
             gpu.client(),
-            cubes(rows * d.heads * blocks),
+            cubes(heads.rows * heads.heads * blocks),
             units(),
-            args.q.buffer().arg(args.q.elements()),
+            q.buffer().arg(q.elements()),
             weight.words.arg(weight.word_count),
             weight.scales.arg(weight.scale_count),
             weight.zeros.arg(weight.zero_count),
             weight.table.arg(weight.table_len),
             absorbed.buffer().arg(absorbed.elements()),
-            rows as u32,
-            d.heads as u32,
-            d.nope as u32,
-            d.rope as u32,
-            d.value as u32,
-            d.rank as u32,
+            heads.rows as u32,
+            heads.heads as u32,
+            heads.of_head as u32,
+            weight.padded_out() as u32,
+            heads.count as u32,
+            heads.rope as u32,
+            weight.padded_in() as u32,
             blocks as u32,
             config,
             [config.q.elem(), weight.decoder.scale_elem()],
@@ -174,32 +215,38 @@ fn launch_absorb<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu<R>>, 
 }
 
 /// `[rows, r]` to `[rows, v]`.
-fn launch_value<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu<R>>, sums: &Tensor<Gpu<R>>) {
-    let (d, weight) = (args.dims(), args.kv_b.data());
-    let out = Storage::of(args.out.dtype());
-    let rows = d.batch * d.queries;
-    let blocks = d.value.div_ceil(VALUE_COLUMNS);
-    // SAFETY: `sums` and out hold rows * H rows of r and v, the weight H (n + v) columns of r features.
+pub(super) fn launch_value<R: Runtime>(
+    gpu: &Gpu<R>,
+    weight: &GpuWeight,
+    heads: &Heads,
+    sums: &Tensor<Gpu<R>>,
+    out: &Tensor<Gpu<R>>,
+) {
+    let storage = Storage::of(out.dtype());
+    let blocks = heads.count.div_ceil(VALUE_COLUMNS);
+    // SAFETY: `sums` and out hold rows * H rows of r and v, the weight its padded columns of padded r features.
     unsafe {
         value::launch_unchecked::<R>(
             gpu.client(),
-            cubes(rows * d.heads * blocks),
+            cubes(heads.rows * heads.heads * blocks),
             units(),
             sums.buffer().arg(sums.elements()),
             weight.words.arg(weight.word_count),
             weight.scales.arg(weight.scale_count),
             weight.zeros.arg(weight.zero_count),
             weight.table.arg(weight.table_len),
-            args.out.buffer().arg(args.out.elements()),
-            rows as u32,
-            d.heads as u32,
-            d.nope as u32,
-            d.value as u32,
-            d.rank as u32,
+            out.buffer().arg(out.elements()),
+            heads.rows as u32,
+            heads.heads as u32,
+            heads.of_head as u32,
+            heads.offset as u32,
+            weight.padded_out() as u32,
+            heads.count as u32,
+            weight.padded_in() as u32,
             blocks as u32,
             weight.decoder,
-            out,
-            [weight.decoder.scale_elem(), out.elem()],
+            storage,
+            [weight.decoder.scale_elem(), storage.elem()],
         );
     }
 }
@@ -208,12 +255,13 @@ fn launch_value<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu<R>>, s
 fn launch_expand<R: Runtime>(
     gpu: &Gpu<R>,
     args: &MlaAttentionArgs<'_, Gpu<R>>,
+    weight: &GpuWeight,
     lengths: &crate::Buffer,
     heads: std::ops::Range<usize>,
     longest: usize,
     [keys, values]: [&Tensor<Gpu<R>>; 2],
 ) {
-    let (d, weight) = (args.dims(), args.kv_b.data());
+    let d = args.dims();
     let cache = Rows::by_words(Codes::of(args.cache.dtype()));
     let config = ExpandConfig { cache, decoder: weight.decoder, rows: EXPAND_ROWS, columns: EXPAND_COLUMNS };
     let row_blocks = longest.div_ceil(EXPAND_ROWS);

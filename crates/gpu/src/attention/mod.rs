@@ -7,6 +7,7 @@ mod latent;
 mod paged;
 mod project;
 mod reduce;
+mod rotated;
 mod rows;
 mod tile;
 mod write;

@@ -1,11 +1,14 @@
 //! `kv_b` applied to queries, to sums and to cache rows. Head h has the columns `h (n + v)..`: n of keys, v of values.
+//!
+//! [`absorb`] and [`value`] see an EXL3 `kv_b` between its rotations: queries, sums and results are rotated (`rotated`),
+//! and the columns of a head are whole spans of 128.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use half::f16;
+use marlin_formats::exl3::HADAMARD;
 
 use super::rows::{Rows, load_eight, load_one};
-use crate::decode::{Decoder, decode_unit, group_scale, group_zero};
+use crate::decode::{Decoder, decode_unit, group_scale, group_zero, weight_of};
 use crate::element::{Storage, load, store};
 use crate::launch::UNITS;
 
@@ -27,6 +30,11 @@ pub(super) struct AbsorbConfig {
     pub(super) decoder: Decoder,
 }
 
+/// A head's columns begin at a multiple of this.
+const fn span(decoder: Decoder) -> usize {
+    if decoder.is_trellis() { HADAMARD } else { 1 }
+}
+
 /// Weight units of a cube of [`absorb`].
 pub(super) const fn absorb_units() -> usize {
     UNITS as usize / ABSORB_SLICES
@@ -38,7 +46,7 @@ pub(super) const fn absorb_units() -> usize {
 fn weights<S: Numeric>(
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     unit: usize,
     n: usize,
@@ -49,30 +57,31 @@ fn weights<S: Numeric>(
     if comptime!(d.group_size > 0) {
         let group = unit * comptime!(d.unit()) / comptime!(d.group_size);
         let scale = group_scale::<S>(scales, table, group * columns + n, d);
-        let zero = group_zero(zeros, group * columns + n, d);
+        let zero = group_zero::<S>(zeros, group * columns + n, d);
         #[unroll]
         for i in 0..comptime!(d.unit()) {
-            out[i] = (out[i] - zero) * scale;
+            out[i] = weight_of(out[i], scale, zero, d);
         }
     }
     out
 }
 
-/// `out[row] = [sum_n q_n U_n (r) | q_pe]` for rows of queries and heads. A cube has a row and [`absorb_units`] units.
+/// `out[row] = [sum_n q_n U_n (r) | q_pe]` for rows of queries and heads; a head has `of_head` of all `columns`. A cube has a row and [`absorb_units`] units.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn absorb<Q: Numeric, S: Numeric>(
     q: &[Q],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     out: &mut [f32],
     rows: u32,
     heads: u32,
+    of_head: u32,
+    columns: u32,
     nope: u32,
     rope: u32,
-    value: u32,
     rank: u32,
     blocks: u32,
     #[comptime] c: AbsorbConfig,
@@ -83,8 +92,9 @@ pub(super) fn absorb<Q: Numeric, S: Numeric>(
         let cube_len = comptime!(absorb_units() * c.decoder.unit());
         let block = CUBE_POS % blocks as usize;
         let row = CUBE_POS / blocks as usize;
-        let first = row % heads as usize * (nope + value) as usize;
-        let columns = (heads * (nope + value)) as usize;
+        let columns = columns as usize;
+        let first = row % heads as usize * of_head as usize / comptime!(span(c.decoder)) * comptime!(span(c.decoder));
+        let count = select(first + nope as usize > columns, columns - first, nope as usize);
         let q_start = row * (nope + rope) as usize;
         let out_start = row * (rank + rope) as usize;
         // Neighbours read neighbouring columns.
@@ -98,7 +108,7 @@ pub(super) fn absorb<Q: Numeric, S: Numeric>(
         }
         if unit * unit_len < rank as usize {
             let mut n = slice;
-            while n < nope as usize {
+            while n < count {
                 let w = weights::<S>(words, scales, zeros, table, unit, first + n, columns, c.decoder);
                 let x = load::<Q>(q, q_start + n, c.q);
                 #[unroll]
@@ -133,19 +143,21 @@ pub(super) fn absorb<Q: Numeric, S: Numeric>(
     }
 }
 
-/// `out[row] = V sums[row]` for rows of queries and heads. A cube has a row and [`VALUE_COLUMNS`] columns.
+/// `out[row] = V sums[row]` for rows of queries and heads; V begins `offset` columns after its head does. A cube has a row and [`VALUE_COLUMNS`] columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn value<S: Numeric, O: Numeric>(
     sums: &[f32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     out: &mut [O],
     rows: u32,
     heads: u32,
-    nope: u32,
+    of_head: u32,
+    offset: u32,
+    columns: u32,
     value: u32,
     rank: u32,
     blocks: u32,
@@ -156,13 +168,14 @@ pub(super) fn value<S: Numeric, O: Numeric>(
     if CUBE_POS < (rows * heads * blocks) as usize {
         let block = CUBE_POS % blocks as usize;
         let row = CUBE_POS / blocks as usize;
-        let columns = (heads * (nope + value)) as usize;
+        let columns = columns as usize;
         let rank = rank as usize;
         let lane = UNIT_POS as usize % VALUE_COLUMNS;
         let column = block * VALUE_COLUMNS + lane;
+        let first = row % heads as usize * of_head as usize + offset as usize;
+        let n = first / comptime!(span(d)) * comptime!(span(d)) + column;
         let mut sum = f32::new(0.0);
-        if column < value as usize {
-            let n = row % heads as usize * (nope + value) as usize + nope as usize + column;
+        if column < value as usize && n < columns {
             let mut unit = UNIT_POS as usize / VALUE_COLUMNS;
             while unit * comptime!(d.unit()) < rank {
                 let w = weights::<S>(words, scales, zeros, table, unit, n, columns, d);
@@ -210,7 +223,7 @@ pub(super) fn expand<N: Size, S: Numeric>(
     kv_len: &[u32],
     words: &[u32],
     scales: &[S],
-    zeros: &[f16],
+    zeros: &[S],
     table: &[f32],
     keys: &mut [f32],
     values: &mut [f32],
