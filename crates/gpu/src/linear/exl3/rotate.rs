@@ -21,6 +21,9 @@ pub(crate) const LANES: usize = 32;
 /// Transforms of a cube.
 pub(crate) const BLOCKS: usize = UNITS as usize / LANES;
 
+/// Most slices whose sums [`rotate_output`] loads at once.
+const SLICES_AT_ONCE: usize = 8;
+
 /// 1 / sqrt(128).
 pub(crate) const NORM: f32 = 0.088_388_347_648;
 
@@ -187,6 +190,8 @@ fn rotate_input<X: Numeric, G: Numeric>(
 struct OutputConfig {
     epilogue: Epilogue,
     planes: bool,
+    /// Few slices are loaded at once; 0 for more, one after the other.
+    slices: usize,
 }
 
 /// `out [rows, n]` of the sum over slices of `partials [slices, rows, 128 blocks]`, as [`finish`] defines it after the
@@ -214,9 +219,28 @@ fn rotate_output<H: Numeric, O: Numeric>(
     let row = at / blocks;
     let known = row < rows;
     let from = select(known, at, 0usize) * LANES + lane;
+    let first_column = at % blocks * HADAMARD + lane * 4usize;
+    let mut scales = Array::<f32>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        // svh has all of N padded.
+        scales[i] = f32::cast_from(svh[first_column + i]);
+    }
     let mut quad = partials[from];
-    for slice in 1..slices as usize {
-        quad += partials[slice * (rows * blocks * LANES) + from];
+    if comptime!(c.slices > 0) {
+        let mut parts = Sequence::<Vector<f32, Const<4>>>::new();
+        #[unroll]
+        for slice in 1..c.slices {
+            parts.push(partials[slice * (rows * blocks * LANES) + from]);
+        }
+        #[unroll]
+        for part in 0..comptime!(c.slices - 1) {
+            quad += *parts.index(part);
+        }
+    } else {
+        for slice in 1..slices as usize {
+            quad += partials[slice * (rows * blocks * LANES) + from];
+        }
     }
     let mut values = Array::<f32>::new(4usize);
     #[unroll]
@@ -226,9 +250,9 @@ fn rotate_output<H: Numeric, O: Numeric>(
     transform(&mut values, c.planes);
     #[unroll]
     for i in 0..4usize {
-        let column = at % blocks * HADAMARD + lane * 4usize + i;
+        let column = first_column + i;
         if known && column < n {
-            let value = values[i] * NORM * f32::cast_from(svh[column]);
+            let value = values[i] * NORM * scales[i];
             let at = row * n + column;
             finish::<H, O>(value, value, bias, bias, residual, out, at, column, flags, out_scale, c.epilogue);
         }
@@ -279,7 +303,8 @@ pub(super) fn input<R: Runtime>(
 pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partials: &Tensor<Gpu<R>>, slices: usize) {
     let (m, n) = (product.x.rows(), product.weight.out_features);
     let blocks = product.weight.padded_out() / HADAMARD;
-    let config = OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu) };
+    let at_once = if slices <= SLICES_AT_ONCE { slices } else { 0 };
+    let config = OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), slices: at_once };
     let [_, _, _, h, o] = product.elements();
     // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, svh N padded, out m rows of n; the
     // kernel compares rows and columns with m and n.

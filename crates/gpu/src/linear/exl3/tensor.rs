@@ -1,6 +1,6 @@
 //! Products of rotated f16 rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
-//! four neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where few of them are
-//! also rotated.
+//! four or eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where few of
+//! them are also rotated.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::features::MmaConfig;
@@ -19,12 +19,6 @@ use crate::element::{Storage, load};
 use crate::linear::operands::Product;
 use crate::{Buffer, Gpu};
 
-/// Neighbouring tiles of a plane.
-const TILES: usize = 4;
-
-/// Columns of a cube.
-const WIDTH: usize = TILES * SIDE;
-
 /// Tile rows of a Hadamard block.
 const BLOCK_ROWS: usize = HADAMARD / SIDE;
 
@@ -41,8 +35,12 @@ struct TensorConfig {
     stage: usize,
     /// Planes of a cube, which take turns along K.
     planes: usize,
+    /// Neighbouring tiles of a plane: 4 or 8.
+    tiles: usize,
     /// Tile rows that a plane loads at once.
     depth: usize,
+    /// Slices are whole turns of all planes and lie in shared memory at once.
+    even: bool,
     /// x as it comes, to be rotated; otherwise it was.
     rotated: Option<Storage>,
 }
@@ -53,6 +51,11 @@ impl TensorConfig {
         self.rows.div_ceil(8)
     }
 
+    /// Columns of a cube.
+    const fn width(&self) -> usize {
+        self.tiles * SIDE
+    }
+
     /// Vectors of a row in shared memory; the last ones put neighbouring rows into different banks.
     const fn row_stride(&self) -> usize {
         self.stage * 4 + 4
@@ -60,12 +63,12 @@ impl TensorConfig {
 
     /// Words of a plane's tiles that a lane loads at once.
     const fn words(&self) -> usize {
-        self.depth * TILES * self.trellis.lane_words()
+        self.depth * self.tiles * self.trellis.lane_words()
     }
 
     /// Pairs of sums that a lane holds: [tile, row block, half of the tile's columns].
     const fn sums(&self) -> usize {
-        TILES * self.row_blocks() * 2
+        self.tiles * self.row_blocks() * 2
     }
 
     const fn shared_bytes(&self) -> usize {
@@ -73,7 +76,7 @@ impl TensorConfig {
     }
 }
 
-/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[64 columns, slices, groups of rows]`. x is `[m, k]`, or in the
+/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices, groups of rows]`. x is `[m, k]`, or in the
 /// order of [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
@@ -123,12 +126,13 @@ fn multiply_tiles<X: Numeric>(
     let mut lane_words = Array::<usize>::new(3usize);
     #[unroll]
     for i in 0..3usize {
-        lane_words[i] = (bit / 32usize + i) % tile_words + CUBE_POS_X as usize * (TILES * tile_words);
+        lane_words[i] =
+            (bit / 32usize + i) % tile_words + CUBE_POS_X as usize * comptime!(c.tiles * c.trellis.tile_words());
     }
     let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_aligned_slice(comptime!(c.rows * c.row_stride()), 16usize);
     let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
     #[unroll]
-    for _i in 0..comptime!(TILES * c.row_blocks()) {
+    for _i in 0..comptime!(c.tiles * c.row_blocks()) {
         let mut zero = Array::<Vector<f32, Const<2>>>::new(2usize);
         zero[0] = Vector::<f32, Const<2>>::new(0.0);
         zero[1] = Vector::<f32, Const<2>>::new(0.0);
@@ -140,27 +144,55 @@ fn multiply_tiles<X: Numeric>(
         let at = begin + plane + comptime!(d * c.planes);
         load_words(words, &lane_words, &mut loaded, at, end, tile_columns, d, c);
     }
-    let mut chunk = begin;
-    while chunk < end {
-        let chunk_end = select(chunk + c.stage < end, chunk + c.stage, end);
-        stage_rows::<X>(x, rotated, suh, &mut stage, first_row, chunk, chunk_end, m, k, tile_rows, c);
+    if comptime!(c.even) {
+        stage_rows::<X>(x, rotated, suh, &mut stage, first_row, begin, end, m, k, tile_rows, c);
         sync_cube();
-        let mut tile_row = chunk + plane;
-        while tile_row < chunk_end {
+        // Words have indices of 32 bits; only the sum with the address has 64.
+        let hop = (tile_columns * tile_words * comptime!(c.planes)) as u32;
+        let mut next = Array::<u32>::new(3usize);
+        #[unroll]
+        for i in 0..3usize {
+            next[i] = (lane_words[i] + (begin + plane) * (tile_columns * tile_words)) as u32
+                + hop * comptime!(c.depth as u32);
+        }
+        let mut at = UNIT_POS_Y;
+        for _turn in 1..slice_rows / comptime!((c.planes * c.depth) as u32) {
             #[unroll]
             for d in 0..comptime!(c.depth) {
-                let at = tile_row + comptime!(d * c.planes);
-                if at < chunk_end {
-                    multiply_row(&loaded, &stage, &mut products, at - chunk, &lane, d, c);
-                }
-                // The next chunk goes on where this one ends: its rows are whole turns of all planes.
-                let next = at + comptime!(c.depth * c.planes);
-                load_words(words, &lane_words, &mut loaded, next, end, tile_columns, d, c);
+                multiply_row(&loaded, &stage, &mut products, at as usize, &lane, d, c);
+                load_next(words, &mut next, &mut loaded, hop, d, c);
+                at += comptime!(c.planes as u32);
             }
-            tile_row += comptime!(c.depth * c.planes);
+        }
+        #[unroll]
+        for d in 0..comptime!(c.depth) {
+            multiply_row(&loaded, &stage, &mut products, at as usize, &lane, d, c);
+            at += comptime!(c.planes as u32);
         }
         sync_cube();
-        chunk += c.stage;
+    } else {
+        let mut chunk = begin;
+        while chunk < end {
+            let chunk_end = select(chunk + c.stage < end, chunk + c.stage, end);
+            stage_rows::<X>(x, rotated, suh, &mut stage, first_row, chunk, chunk_end, m, k, tile_rows, c);
+            sync_cube();
+            let mut tile_row = chunk + plane;
+            while tile_row < chunk_end {
+                #[unroll]
+                for d in 0..comptime!(c.depth) {
+                    let at = tile_row + comptime!(d * c.planes);
+                    if at < chunk_end {
+                        multiply_row(&loaded, &stage, &mut products, at - chunk, &lane, d, c);
+                    }
+                    // The next chunk goes on where this one ends: its rows are whole turns of all planes.
+                    let next = at + comptime!(c.depth * c.planes);
+                    load_words(words, &lane_words, &mut loaded, next, end, tile_columns, d, c);
+                }
+                tile_row += comptime!(c.depth * c.planes);
+            }
+            sync_cube();
+            chunk += c.stage;
+        }
     }
     let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(c.planes * c.sums() * LANES));
     #[unroll]
@@ -191,9 +223,33 @@ fn load_words(
     for i in 0..count {
         let first = row + lane_words[i];
         #[unroll]
-        for tile in 0..TILES {
-            loaded[comptime!((d * TILES + tile) * count + i)] = words[first + comptime!(tile * c.trellis.tile_words())];
+        for tile in 0..comptime!(c.tiles) {
+            loaded[comptime!((d * c.tiles + tile) * count + i)] =
+                words[first + comptime!(tile * c.trellis.tile_words())];
         }
+    }
+}
+
+/// Loads a lane's words at `next`, for the `d`th tile row of those loaded, and moves on by `hop` words.
+#[cube]
+fn load_next(
+    words: &[u32],
+    next: &mut Array<u32>,
+    loaded: &mut Array<u32>,
+    hop: u32,
+    #[comptime] d: usize,
+    #[comptime] c: TensorConfig,
+) {
+    let count = comptime!(c.trellis.lane_words());
+    #[unroll]
+    for i in 0..count {
+        let first = next[i] as usize;
+        #[unroll]
+        for tile in 0..comptime!(c.tiles) {
+            loaded[comptime!((d * c.tiles + tile) * count + i)] =
+                words[first + comptime!(tile * c.trellis.tile_words())];
+        }
+        next[i] += hop;
     }
 }
 
@@ -271,11 +327,11 @@ fn multiply_row(
     }
     // Two are decoded before the first is multiplied: products wait for what tensor cores decode. More take registers.
     #[unroll]
-    for two in 0..comptime!(TILES / 2) {
+    for two in 0..comptime!(c.tiles / 2) {
         let mut weights = Sequence::<Array<Vector<f16, Const<2>>>>::new();
         #[unroll]
         for i in 0..2usize {
-            let first = comptime!((d * TILES + 2 * two + i) * c.trellis.lane_words());
+            let first = comptime!((d * c.tiles + 2 * two + i) * c.trellis.lane_words());
             weights.push(decode_lane(loaded, lane, first, c.trellis));
         }
         #[unroll]
@@ -302,8 +358,9 @@ fn write_sums(
     let left = m - first_row;
     let rows = select(left < comptime!(c.rows), left, comptime!(c.rows).runtime());
     let mut slot = UNIT_POS as usize;
-    while slot < rows.div_ceil(2usize) * WIDTH {
-        let (pair, column) = (slot / WIDTH, slot % WIDTH);
+    let width = comptime!(c.width());
+    while slot < rows.div_ceil(2usize) * width {
+        let (pair, column) = (slot / width, slot % width);
         let (tile, half, g) = (column / SIDE, column / 8usize % 2usize, column % 8usize);
         let product = tile * comptime!(c.row_blocks()) + pair / 4usize;
         let at = (product * 2usize + half) * LANES + g * 4usize + pair % 4usize;
@@ -316,7 +373,7 @@ fn write_sums(
         for e in 0..2usize {
             let row = first_row + pair * 2usize + e;
             if row < m {
-                partials[(CUBE_POS_Y as usize * m + row) * n + CUBE_POS_X as usize * WIDTH + column] = sum.extract(e);
+                partials[(CUBE_POS_Y as usize * m + row) * n + CUBE_POS_X as usize * width + column] = sum.extract(e);
             }
         }
         slot += comptime!(LANES * c.planes);
@@ -353,10 +410,13 @@ impl Plan {
         let rows = m.next_power_of_two().min(32);
         let tile_rows = product.weight.padded_in() / SIDE;
         let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
-        let cubes = product.weight.padded_out() / WIDTH * m.div_ceil(rows);
+        // More rows have more sums than there are registers for eight tiles, or for two rows of tiles at once.
+        let tiles = if rows <= 16 { 8 } else { 4 };
+        let depth = if trellis.lane_words() == 2 && rows <= 8 { 2 } else { 1 };
+        let cubes = product.weight.padded_out() / (tiles * SIDE) * m.div_ceil(rows);
         let stage = (1024 / rows).clamp(32, 64);
         // The turns of the busiest core; a cube costs it about as much as six tile rows beside its own.
-        let turns = |slice: &usize| (cubes * tile_rows.div_ceil(*slice)).div_ceil(cores) * (slice + 6);
+        let turns = |slice: &usize| (cubes * tile_rows.div_ceil(*slice)).div_ceil(cores) * (slice.min(&tile_rows) + 6);
         let lengths =
             (1..=stage / BLOCK_ROWS).map(|blocks| blocks * BLOCK_ROWS).chain([tile_rows.next_multiple_of(stage)]);
         let slice_rows = lengths.rev().filter(|&slice| slice <= stage || m > 16).min_by_key(turns).unwrap_or(stage);
@@ -364,10 +424,12 @@ impl Plan {
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let most = 16 / rows.div_ceil(8);
         let planes = 1 << (28 / resident).clamp(4, most.max(4)).ilog2();
-        let depth = if trellis.lane_words() == 2 && rows <= 8 { 2 } else { 1 };
+        let even =
+            slice_rows <= stage && tile_rows.is_multiple_of(slice_rows) && slice_rows.is_multiple_of(planes * depth);
         let raw = m <= ROTATED_ROWS && product.norm.is_none();
         let rotated = raw.then(|| Storage::of(product.x.dtype()));
-        let config = TensorConfig { trellis, rows, stage: stage.min(slice_rows), planes, depth, rotated };
+        let stage = stage.min(slice_rows);
+        let config = TensorConfig { trellis, rows, stage, planes, tiles, depth, even, rotated };
         Self { config, slice_rows, slices }
     }
 
@@ -396,7 +458,7 @@ pub(super) fn launch<R: Runtime>(
     }
     let (m, weight, config) = (product.x.rows(), product.weight, plan.config);
     let (k, n) = (weight.padded_in(), weight.padded_out());
-    let cubes = [n / WIDTH, plan.slices, m.div_ceil(config.rows)];
+    let cubes = [n / config.width(), plan.slices, m.div_ceil(config.rows)];
     let count = crate::linear::grid(gpu, product.operation, cubes)?;
     let (x, element) = match config.rotated {
         Some(storage) => (product.x_arg(), storage.elem()),
@@ -435,7 +497,7 @@ pub(super) fn launch<R: Runtime>(
     Ok(())
 }
 
-/// The dtype of activations that the kernel takes: f32 is not rounded to f16.
+/// The dtype of activations that the kernel takes: others would lose range or precision as f16.
 pub(super) const fn takes(dtype: DType) -> bool {
-    matches!(dtype, DType::F16 | DType::BF16)
+    matches!(dtype, DType::F16)
 }
