@@ -34,7 +34,7 @@ RTN_FORMATS = [
 ]
 GPTQ_FORMATS = ["fp4_e2m1", "int4_s4", "int4_u4", "int3", "int2"]
 AWQ_FORMATS = ["int4_s4", "int4_u4", "int3"]
-MIXED_BITS = ["2.5", "3", "3.5"]
+MIXED_BITS = ["2.5", "3.5"]
 EXL3_BITS = ["1", "1.5", "2", "2.5", "3", "3.5", "4", "5", "6"]
 
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-/// Folder of the bundled 4-bit story model inside the repository.
-const BUNDLED: &str = "models/marlin-stories-int4";
+/// Folder of the bundled 3-bit story model inside the repository.
+const BUNDLED: &str = "models/marlin-stories-exl3";
 
 /// `given`, or the bundled model: beside the executable, above the working directory, or in the workspace that this
 /// binary was built from.

@@ -25,8 +25,9 @@ fn check(name: &str, model: &str, windows: &str) {
 }
 
 #[test]
-fn the_bundled_model() {
-    check("bundled", &models("marlin-stories-int4"), "1000");
+fn the_bundled_models() {
+    check("bundled EXL3", &models("marlin-stories-exl3"), "1000");
+    check("bundled INT4", &models("marlin-stories-int4"), "1000");
 }
 
 /// The bf16 model in every format that takes int8 activations. Rounding to the nearest of four values would leave no
