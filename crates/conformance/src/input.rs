@@ -1,6 +1,7 @@
 //! Tensors of a case: uploads, poisoned outputs, values read back.
 
 use marlin_formats::DType;
+use marlin_ops::linear::Residual;
 use marlin_ops::{Device, HostTensor, Result, Tensor};
 
 /// What an unwritten word looks like.
@@ -34,6 +35,39 @@ pub(crate) fn poison_as<B: Device>(b: &B, dtype: DType, dims: &[usize]) -> Resul
 /// A U32 output full of a word that no operation writes.
 pub(crate) fn poison_ids<B: Device>(b: &B, dims: &[usize]) -> Result<Tensor<B>> {
     ids(b, dims, &vec![POISON; dims.iter().product()])
+}
+
+/// What an epilogue adds in a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Add {
+    Nothing,
+    Tensor,
+    InPlace,
+}
+
+impl Add {
+    /// The argument, where `tensor` is what [`Add::Tensor`] adds.
+    pub(crate) fn of<B: Device>(self, tensor: &Tensor<B>) -> Residual<'_, B> {
+        match self {
+            Add::Nothing => Residual::None,
+            Add::Tensor => Residual::Add(tensor),
+            Add::InPlace => Residual::InPlace,
+        }
+    }
+
+    /// The output: poisoned, or with the contents that it is added to.
+    pub(crate) fn output<B: Device>(
+        self,
+        b: &B,
+        dtype: DType,
+        dims: &[usize],
+        contents: impl FnOnce() -> Vec<f32>,
+    ) -> Result<Tensor<B>> {
+        match self {
+            Add::InPlace => floats_as(b, dtype, dims, &contents()),
+            Add::Nothing | Add::Tensor => poison_as(b, dtype, dims),
+        }
+    }
 }
 
 /// What a case read back.

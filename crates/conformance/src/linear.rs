@@ -2,13 +2,11 @@
 
 use marlin_formats::{DType, Format};
 use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
-use marlin_ops::linear::{
-    Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs, Residual,
-};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs};
 use marlin_ops::{Backend, Linear, Result, Tensor, Weight, WeightData};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, floats_as, ids, poison, poison_as};
+use crate::input::{Add, Output, floats, floats_as, ids, poison};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
 use crate::weight::{DENSE, Scales, Storage, all_codes, group_sizes, random_weight};
@@ -23,14 +21,6 @@ pub(crate) const ACTIVATIONS: [Activation; 8] = [
     Activation::GeluQuick,
     Activation::Sigmoid,
 ];
-
-/// What an epilogue adds in a case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Add {
-    Nothing,
-    Tensor,
-    InPlace,
-}
 
 /// Rows of activations.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -216,20 +206,13 @@ impl Case for LinearCase {
         let x = floats_as(b, input, &x_dims, &x)?;
         let dims = [self.m, self.out_columns.unwrap_or(self.n)];
         let residual = floats_as(b, output, &dims, &random.normals(dims[0] * dims[1]))?;
-        let mut out = match self.residual {
-            Add::InPlace => floats_as(b, output, &dims, &random.normals(dims[0] * dims[1]))?,
-            Add::Nothing | Add::Tensor => poison_as(b, output, &dims)?,
-        };
+        let mut out = self.residual.output(b, output, &dims, || random.normals(dims[0] * dims[1]))?;
         b.linear(LinearArgs {
             x: &x,
             weight: &weight,
             activation: self.activation,
             out_scale: self.out_scale,
-            residual: match self.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.residual.of(&residual),
             out: &mut out,
         })?;
         Ok(vec![Output::floats(b, "out", &out)?])

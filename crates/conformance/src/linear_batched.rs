@@ -2,13 +2,13 @@
 
 use marlin_formats::{DType, Format, Scheme};
 use marlin_ops::linear::{
-    Activation, BatchStrides, BatchedMatrix, BatchedShape, BatchedWeight, EpilogueArgs, GemmBatchedArgs, Residual,
+    Activation, BatchStrides, BatchedMatrix, BatchedShape, BatchedWeight, EpilogueArgs, GemmBatchedArgs,
 };
 use marlin_ops::{Backend, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats_as, ids, poison_as};
-use crate::linear::{ACTIVATIONS, Add, slope, special_tolerance, special_values, transcendental};
+use crate::input::{Add, Output, floats_as, ids, poison_as};
+use crate::linear::{ACTIVATIONS, slope, special_tolerance, special_values, transcendental};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32, relative_ulp};
 
@@ -290,11 +290,7 @@ impl Case for EpilogueCase {
             bias: self.bias.then_some(&bias),
             activation: self.activation,
             out_scale: self.out_scale,
-            residual: match self.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.residual.of(&residual),
         })?;
         Ok(vec![Output::floats(b, "x", &x)?])
     }

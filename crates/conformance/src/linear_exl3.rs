@@ -5,12 +5,12 @@ use half::f16;
 use marlin_formats::DType;
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD};
 use marlin_ops::convert::{DequantizeArgs, WeightOrder};
-use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Projection, ProjectionsArgs, Residual};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Projection, ProjectionsArgs};
 use marlin_ops::{Backend, Linear, Result, Weight, WeightData};
 
 use crate::case::{Case, Mode, Runner};
-use crate::input::{Output, floats, ids, poison, poison_as};
-use crate::linear::{Add, slope};
+use crate::input::{Add, Output, floats, ids, poison, poison_as};
+use crate::linear::slope;
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32, relative_ulp};
 use crate::weight::{DENSE, Scales, Storage, random_weight};
@@ -102,20 +102,13 @@ impl Case for Exl3Case {
         let x = floats(b, &[self.m, self.k], &x)?;
         let dims = [self.m, self.n];
         let residual = floats(b, &dims, &random.normals(self.m * self.n))?;
-        let mut out = match self.residual {
-            Add::InPlace => floats(b, &dims, &random.normals(self.m * self.n))?,
-            Add::Nothing | Add::Tensor => poison(b, &dims)?,
-        };
+        let mut out = self.residual.output(b, DType::F32, &dims, || random.normals(self.m * self.n))?;
         b.linear(LinearArgs {
             x: &x,
             weight: &weight,
             activation: self.activation,
             out_scale: self.out_scale,
-            residual: match self.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.residual.of(&residual),
             out: &mut out,
         })?;
         Ok(vec![Output::floats(b, "out", &out)?])

@@ -1,15 +1,15 @@
 //! Mixture of experts.
 
-use marlin_formats::Format;
 use marlin_formats::exl3::Codebook;
-use marlin_ops::linear::{Activation, Residual};
+use marlin_formats::{DType, Format};
+use marlin_ops::linear::Activation;
 use marlin_ops::moe::{CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, RouteArgs, Routing, Scoring};
 use marlin_ops::oracle::choose_experts;
 use marlin_ops::{Backend, ExpertStack, ExpertWeights, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, ids, poison, poison_ids};
-use crate::linear::{ACTIVATIONS, Add};
+use crate::input::{Add, Output, floats, ids, poison, poison_ids};
+use crate::linear::ACTIVATIONS;
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance};
 use crate::weight::{DENSE, Scales, Storage, random_weight};
@@ -306,21 +306,14 @@ impl Case for ExpertMlpCase {
         let weights: Vec<f32> = (0..self.tokens * columns).map(|_| 0.1 + random.unit()).collect();
         let weights = floats(b, &[self.tokens, columns], &weights)?;
         let residual = floats(b, &dims, &random.normals(count))?;
-        let mut out = match self.residual {
-            Add::InPlace => floats(b, &dims, &random.normals(count))?,
-            Add::Nothing | Add::Tensor => poison(b, &dims)?,
-        };
+        let mut out = self.residual.output(b, DType::F32, &dims, || random.normals(count))?;
         b.moe_expert_mlp(ExpertMlpArgs {
             x: &x,
             ids: &chosen,
             weights: &weights,
             experts: &stack,
             activation: self.activation,
-            residual: match self.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.residual.of(&residual),
             out: &mut out,
         })?;
         Ok(vec![Output::floats(b, "out", &out)?])
@@ -379,19 +372,12 @@ impl Case for CombineCase {
         let inverse = ids(b, &[assignments], &inverse)?;
         let weights = floats(b, &[self.tokens, self.top_k], &weights)?;
         let residual = floats(b, &dims, &random.normals(count))?;
-        let mut out = match self.residual {
-            Add::InPlace => floats(b, &dims, &random.normals(count))?,
-            Add::Nothing | Add::Tensor => poison(b, &dims)?,
-        };
+        let mut out = self.residual.output(b, DType::F32, &dims, || random.normals(count))?;
         b.moe_combine(CombineArgs {
             rows: &rows,
             inverse: &inverse,
             weights: &weights,
-            residual: match self.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.residual.of(&residual),
             out: &mut out,
         })?;
         Ok(vec![Output::floats(b, "out", &out)?])

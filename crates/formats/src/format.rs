@@ -116,23 +116,9 @@ impl Format {
         Format::Fp8E4m3F32,
     ];
 
-    /// The formats that weights can be quantized to. The others are stored as imported checkpoints have them.
-    pub const ENCODABLE: [Format; 14] = [
-        Format::Fp4E2m1,
-        Format::Nvfp4,
-        Format::Mxfp4,
-        Format::Int4U4,
-        Format::Int4S4,
-        Format::Int8,
-        Format::Int8Asym,
-        Format::Fp8E4m3,
-        Format::Fp8E5m2,
-        Format::Int3,
-        Format::Int2,
-        Format::Nf4,
-        Format::Nf3,
-        Format::Nf2,
-    ];
+    /// The formats that weights can be quantized to, the first of [`Format::ALL`]. The others are stored as imported
+    /// checkpoints have them.
+    pub const ENCODABLE: [Format; 14] = *Self::ALL.first_chunk().expect("there are more formats");
 
     /// Short names accepted beside the formats' own.
     pub const ALIASES: [(&str, Format); 4] =

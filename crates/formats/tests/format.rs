@@ -23,7 +23,6 @@ fn names_round_trip_and_follow_the_document() {
         "nf2",
     ];
     assert_eq!(Format::ENCODABLE.map(Format::name), names);
-    assert_eq!(Format::ALL[..14], Format::ENCODABLE);
     for format in Format::ALL {
         assert_eq!(format.name().parse::<Format>().unwrap(), format);
         assert_eq!(format.to_string(), format.name());

@@ -42,6 +42,11 @@ pub struct ChatTemplate {
 /// The template's name inside the environment.
 const NAME: &str = "chat_template";
 
+/// Instructions that one rendering may take, seconds of work: templates are code of a stranger.
+const MAX_INSTRUCTIONS: u64 = 50_000_000;
+/// Widest `indent` of `tojson`.
+const MAX_INDENT: usize = 64;
+
 /// Token variables that templates use.
 const SPECIAL_TOKENS: [&str; 5] = ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token"];
 
@@ -83,6 +88,7 @@ impl ChatTemplate {
     /// A template that does not parse.
     pub fn new(path: &Path, source: String, special_tokens: Map<String, Value>) -> Result<Self> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(MAX_INSTRUCTIONS));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
@@ -100,7 +106,8 @@ impl ChatTemplate {
     /// `extra` are further variables (`tools`, `enable_thinking`).
     ///
     /// # Errors
-    /// What the template itself refuses (`raise_exception`), or an error while it runs.
+    /// What the template itself refuses (`raise_exception`), an error while it runs, or no end after 50 million
+    /// instructions.
     pub fn render(
         &self,
         messages: &[Message],
@@ -165,6 +172,10 @@ fn special_tokens(fields: &Fields<'_>) -> Result<Map<String, Value>> {
 /// transformers' `tojson`: Python's `json.dumps` without ASCII or HTML escapes, optionally indented.
 fn to_json(value: &JinjaValue, kwargs: Kwargs) -> std::result::Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    if let Some(indent) = indent.filter(|&indent| indent > MAX_INDENT) {
+        let message = format!("tojson: indent is {indent}, at most {MAX_INDENT}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     // transformers' other arguments are fine at their defaults; anything else would be ignored silently.
     for name in ["ensure_ascii", "separators", "sort_keys"] {
         let given: Option<JinjaValue> = kwargs.get(name)?;

@@ -1,7 +1,7 @@
 //! Linear layers: every tile, stage count, accumulator, split and epilogue.
 
 use marlin_formats::{DType, Format};
-use marlin_ops::linear::{Activation, LinearArgs, Residual};
+use marlin_ops::linear::{Activation, LinearArgs};
 use marlin_ops::{Backend, Linear, Result, Weight};
 
 use super::bind::Bound;
@@ -9,8 +9,8 @@ use super::bounds;
 use super::case::{AuditCase, Sink, short};
 use super::configuration::Settings;
 use super::variants::{LinearKernel, MatrixTile, Variants};
-use crate::input::{Output, floats_as, poison_as};
-use crate::linear::{Add, by_rows, magnitudes, slope};
+use crate::input::{Add, Output, floats_as};
+use crate::linear::{by_rows, magnitudes, slope};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
 use crate::weight::{Scales, Storage, all_codes, random_weight};
@@ -119,20 +119,13 @@ impl AuditCase for LinearCase {
         let dims = [self.m, self.n];
         let added = Random::of("residual").normals(self.m * self.n);
         let residual = floats_as(b, self.io, &dims, &added)?;
-        let mut out = match self.epilogue.residual {
-            Add::InPlace => floats_as(b, self.io, &dims, &added)?,
-            Add::Nothing | Add::Tensor => poison_as(b, self.io, &dims)?,
-        };
+        let mut out = self.epilogue.residual.output(b, self.io, &dims, || added.clone())?;
         let args = LinearArgs {
             x: &x,
             weight: &weight,
             activation: self.epilogue.activation,
             out_scale: self.epilogue.out_scale,
-            residual: match self.epilogue.residual {
-                Add::Nothing => Residual::None,
-                Add::Tensor => Residual::Add(&residual),
-                Add::InPlace => Residual::InPlace,
-            },
+            residual: self.epilogue.residual.of(&residual),
             out: &mut out,
         };
         match self.kernel {

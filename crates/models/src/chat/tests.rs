@@ -53,6 +53,16 @@ fn tojson_is_pythons() {
     assert_eq!(found, expected);
 }
 
+/// A template is code of a stranger: it may neither run on nor ask for any amount of memory at once.
+#[test]
+fn templates_without_end_are_stopped() {
+    let refusal = |source: &str| template(source).render(&[], false, &Map::new()).unwrap_err().to_string();
+    let nested = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+    assert!(refusal(nested).contains("fuel"), "{}", refusal(nested));
+    let wide = refusal("{{ [1] | tojson(indent=1000000000000000) }}");
+    assert!(wide.contains("indent is 1000000000000000, at most 64"), "{wide}");
+}
+
 #[test]
 fn the_templates_own_refusal_is_the_message() {
     let source = "\n{{ raise_exception('Roles must alternate') }}";

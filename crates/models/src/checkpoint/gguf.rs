@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use marlin_formats::{DType, QuantizedMatrix};
+use marlin_formats::{DType, FormatError, QuantizedMatrix};
 use marlin_ops::{HostTensor, Weight};
 
 use super::{Checkpoint, Entry};
@@ -201,13 +201,17 @@ impl Checkpoint {
                 let divisor = gguf::nvfp4_divisor(scale);
                 let matrix = gguf::matrix(kind, n, k, (0..n).map(row), divisor.unwrap_or(1.0));
                 let matrix = matrix.map_err(|e| of_tensor(e.into()))?;
-                let weight = match divisor {
-                    Some(_) => Weight::quantized(matrix),
-                    // No divisor gives the products exactly: the values are kept instead.
-                    None => scaled(&matrix, scale),
-                };
                 entry.file.release(start, len)?;
-                weight.map_err(of_tensor)
+                if divisor.is_some() {
+                    return Weight::quantized(matrix).map_err(of_tensor);
+                }
+                // No divisor gives the products exactly: the values are kept instead.
+                let values = scaled(&matrix, scale).map_err(|e| of_tensor(e.into()))?;
+                if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+                    let (path, tensor, value) = (path.to_owned(), tensor.name.clone(), values[index]);
+                    return Err(ModelError::NonFinite { path, tensor, index: first * k + index, value });
+                }
+                HostTensor::from_f32(&[n, k], &values).and_then(Weight::dense).map_err(of_tensor)
             }
         }
     }
@@ -333,8 +337,8 @@ fn stored_row(r: usize, head: Option<usize>) -> usize {
     start + 2 * pair + side
 }
 
-/// NVFP4 values with the tensor's factor multiplied into the block scales, dense.
-fn scaled(matrix: &QuantizedMatrix, scale: f32) -> marlin_ops::Result<Weight> {
+/// NVFP4 values `[N, K]` with the tensor's factor multiplied into the block scales.
+fn scaled(matrix: &QuantizedMatrix, scale: f32) -> std::result::Result<Vec<f32>, FormatError> {
     let (n, k, size) = (matrix.out_features, matrix.in_features, matrix.scheme.group_size);
     let format = matrix.scheme.format;
     let mut values = Vec::with_capacity(n * k);
@@ -345,5 +349,5 @@ fn scaled(matrix: &QuantizedMatrix, scale: f32) -> marlin_ops::Result<Weight> {
             values.extend(columns.map(|column| format.value(matrix.code(row, column), 0.0) * factor));
         }
     }
-    Weight::dense(HostTensor::from_f32(&[n, k], &values)?)
+    Ok(values)
 }

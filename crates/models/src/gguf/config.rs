@@ -1,5 +1,7 @@
 //! The `config.json` that a GGUF file's metadata stands for.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value, json};
 
 use super::metadata::{MetaValue, Metadata};
@@ -247,7 +249,8 @@ impl Reader<'_> {
         if layers > self.model.tensors().count() as u64 {
             return self.refuse("block_count", format!("is {layers}, the file has fewer tensors"));
         }
-        Ok((0..layers).filter(|i| !self.has(&format!("blk.{i}.ffn_gate_inp.weight"))).collect())
+        let names: HashSet<&str> = self.model.tensors().map(|(_, tensor)| tensor.name.as_str()).collect();
+        Ok((0..layers).filter(|i| !names.contains(format!("blk.{i}.ffn_gate_inp.weight").as_str())).collect())
     }
 
     fn deepseek2(&self) -> Result<Value> {

@@ -14,6 +14,8 @@ const TOKENS: &str = "tokenizer.ggml.tokens";
 const SPACE: &str = "\u{2581}";
 /// Longest token that SentencePiece's merges are derived from: splits times length must stay small.
 const MAX_MERGED_BYTES: usize = 1024;
+/// Most ways a token on average can be made of two others; published vocabularies have 2 or 3.
+const MAX_MERGES_A_TOKEN: usize = 64;
 
 /// `tokenizer.ggml.token_type` values.
 const UNKNOWN: i64 = 2;
@@ -248,6 +250,10 @@ fn score_merges(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>, scores: &[
             if vocabulary.ids.contains_key(left) && vocabulary.ids.contains_key(right) {
                 merges.push((id, at));
             }
+        }
+        if merges.len() > MAX_MERGES_A_TOKEN * vocabulary.tokens.len() {
+            let reason = format!("can be merged in more than {MAX_MERGES_A_TOKEN} ways a token");
+            return Err(metadata.error(TOKENS, reason));
         }
     }
     merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]));

@@ -6,7 +6,7 @@
 
 use marlin_ops::Weight;
 
-use super::codes::{transpose, transpose_words, unpack_rows};
+use super::codes::{transpose, unpack_rows};
 use super::grid::{Codes, IntGrid};
 use super::stored::Stored;
 use crate::config::Fields;
@@ -112,7 +112,7 @@ impl Config {
             }
             false => vec![8.0; scales.len()],
         };
-        let codes = Codes::Words(transpose_words(&words, n));
+        let codes = Codes::Words(transpose(&words, words.len() / n));
         let dtype = padded.dtype;
         let grid = IntGrid { bits: 4, out_features: n, in_features: k, group_size, codes, scales, zeros, dtype };
         grid.into_weight(stored, ".qweight")

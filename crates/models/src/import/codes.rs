@@ -80,18 +80,6 @@ pub(super) fn transpose_bytes(rows: &[u8], n: usize) -> Vec<u32> {
     words
 }
 
-/// Rows of words `[n, words]` as K-major words `[words, n]`.
-pub(super) fn transpose_words(rows: &[u32], n: usize) -> Vec<u32> {
-    let per_row = rows.len() / n;
-    let mut words = vec![0; rows.len()];
-    for (column, row) in rows.chunks_exact(per_row).enumerate() {
-        for (r, &word) in row.iter().enumerate() {
-            words[r * n + column] = word;
-        }
-    }
-    words
-}
-
 /// `[rows, columns]` as `[columns, rows]`.
 pub(super) fn transpose<T: Copy + Default>(values: &[T], columns: usize) -> Vec<T> {
     let rows = values.len() / columns;

@@ -14,7 +14,7 @@ use marlin_ops::Weight;
 use regex::Regex;
 use serde_json::Value;
 
-use super::codes::{pack_native, transpose, transpose_words, unpack_rows, unpack_rows_whole};
+use super::codes::{pack_native, transpose, unpack_rows, unpack_rows_whole};
 use super::grid::{Codes, IntGrid};
 use super::mxfp4::block_weight;
 use super::stored::Stored;
@@ -218,7 +218,7 @@ fn pack_quantized(stored: &Stored<'_>, group: &Group, n: usize, k: usize) -> Res
     };
     let words = stored.words(".weight_packed", &[n, width])?;
     let codes = match bits {
-        2 | 4 | 8 => Codes::Words(transpose_words(&words, n)),
+        2 | 4 | 8 => Codes::Words(transpose(&words, words.len() / n)),
         _ if width == dense => Codes::Unpacked(unpack_rows(&words, width, bits, k)),
         _ => Codes::Unpacked(unpack_rows_whole(&words, width, bits, k)),
     };

@@ -52,27 +52,22 @@ impl IntGrid {
             let scheme = Scheme { format, group_size };
             return quantized(scheme, k, n, codes, scales, zeros, None).map_err(refused);
         }
-        if let Some((format, group_size)) = self.affine_format() {
-            let offsets: Vec<f32> = self.scales.iter().zip(&self.zeros).map(|(s, z)| 0.0 - z * s).collect();
-            let codes = self.codes.pack(self.bits, format.layout(), n, k);
-            let scheme = Scheme { format, group_size };
-            return quantized(scheme, k, n, codes, halves(&self.scales), halves(&offsets), None).map_err(refused);
-        }
         let group_size = self.group_size;
-        self.dense(stored, suffix, |k| k / group_size)
+        match self.exact_offsets() {
+            Some(offsets) => {
+                let Self { bits, out_features, in_features, codes, scales, dtype, .. } = self;
+                let affine = Affine { bits, out_features, in_features, group_size, codes, scales, offsets, dtype };
+                affine.into_weight(stored, suffix)
+            }
+            None => self.dense(stored, suffix, |k| k / group_size),
+        }
     }
 
     /// The values in the source's dtype, rounded once, where channel `k` is in group `group(k)`.
     pub(super) fn dense(self, stored: &Stored<'_>, suffix: &str, group: impl Fn(usize) -> usize) -> Result<Weight> {
         let (n, k) = (self.out_features, self.in_features);
         let codes = self.codes.unpack(self.bits, n, k);
-        let mut values = Vec::with_capacity(n * k);
-        for (row, codes) in codes.chunks_exact(k).enumerate() {
-            values.extend(codes.iter().enumerate().map(|(i, &q)| {
-                let at = group(i) * n + row;
-                (f32::from(q) - self.zeros[at]) * self.scales[at]
-            }));
-        }
+        let values = decode(&codes, [n, k], group, |q, at| (f32::from(q) - self.zeros[at]) * self.scales[at]);
         dense(stored, suffix, self.dtype, n, k, &values)
     }
 
@@ -94,18 +89,14 @@ impl IntGrid {
         self.scales.iter().all(|&s| is_f16(s)).then_some((format, group_size))
     }
 
-    /// The format with f32 scales and offsets that holds the grid, if the product and the sum round to the very value.
-    fn affine_format(&self) -> Option<(Format, usize)> {
-        let format = affine_format(self.bits)?;
-        let group_size = native_group_size(format, self.group_size, self.in_features)?;
-        let exact = self.scales.iter().zip(&self.zeros).all(|(&s, &z)| {
+    /// The f32 offsets of the same weights, if the product and the sum round to the very value.
+    fn exact_offsets(&self) -> Option<Vec<f32>> {
+        let offset = |(&s, &z): (&f32, &f32)| {
             let offset = 0.0 - z * s;
-            (0..1u32 << self.bits).all(|q| {
-                let affine = q as f32 * s + offset;
-                affine == (q as f32 - z) * s
-            })
-        });
-        exact.then_some((format, group_size))
+            let exact = |q: u32| q as f32 * s + offset == (q as f32 - z) * s;
+            (0..1u32 << self.bits).all(exact).then_some(offset)
+        };
+        self.scales.iter().zip(&self.zeros).map(offset).collect()
     }
 }
 
@@ -151,11 +142,8 @@ impl Affine {
             return quantized(scheme, k, n, codes, scales, offsets, None).map_err(stored.refused(suffix));
         }
         let codes = self.codes.unpack(self.bits, n, k);
-        let value = |(i, &q): (usize, &u8)| {
-            let at = i % k / self.group_size * n + i / k;
-            f32::from(q) * self.scales[at] + self.offsets[at]
-        };
-        let values: Vec<f32> = codes.iter().enumerate().map(value).collect();
+        let value = |q, at: usize| f32::from(q) * self.scales[at] + self.offsets[at];
+        let values = decode(&codes, [n, k], |k| k / self.group_size, value);
         dense(stored, suffix, self.dtype, n, k, &values)
     }
 }
@@ -184,9 +172,22 @@ pub(super) fn fp8_weight(
         let matrix = quantized(Scheme { format, group_size }, k, n, codes, scales, Vec::new(), None);
         return matrix.map_err(stored.refused(suffix));
     }
-    let value = |(i, &b): (usize, &u8)| fp8::e4m3::decode(b) * scales[i % k / group_size * n + i / k];
-    let values: Vec<f32> = bytes.iter().enumerate().map(value).collect();
+    let values = decode(bytes, [n, k], |k| k / group_size, |b, at| fp8::e4m3::decode(b) * scales[at]);
     dense(stored, suffix, DType::F32, n, k, &values)
+}
+
+/// `value(code, index)` of every code `[N, K]`, the index that of its group in `[G, N]`: channel `k` is in `group(k)`.
+fn decode(
+    codes: &[u8],
+    [n, k]: [usize; 2],
+    group: impl Fn(usize) -> usize,
+    value: impl Fn(u8, usize) -> f32,
+) -> Vec<f32> {
+    let mut values = Vec::with_capacity(n * k);
+    for (row, codes) in codes.chunks_exact(k).enumerate() {
+        values.extend(codes.iter().enumerate().map(|(i, &code)| value(code, group(i) * n + row)));
+    }
+    values
 }
 
 /// Dense values `[N, K]`, each rounded once to `dtype`; all must stay finite.

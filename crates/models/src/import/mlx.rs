@@ -7,7 +7,7 @@
 use marlin_formats::{DType, e8m0};
 use marlin_ops::{ExpertWeights, Weight};
 
-use super::codes::{transpose, transpose_words, unpack_rows};
+use super::codes::{transpose, unpack_rows};
 use super::grid::{Affine, Codes, fp8_weight};
 use super::mxfp4::block_weight;
 use super::stored::Stored;
@@ -38,7 +38,7 @@ pub(super) fn weight(stored: &Stored<'_>, n: usize, k: usize) -> Result<Option<W
     let scales = stored.floats(".scales", &[n, groups])?;
     let offsets = stored.floats(".biases", &[n, groups])?;
     let codes = match bits {
-        2 | 4 | 8 => Codes::Words(transpose_words(&words, n)),
+        2 | 4 | 8 => Codes::Words(transpose(&words, words.len() / n)),
         _ => Codes::Unpacked(unpack_rows(&words, shape[1], bits as u32, k)),
     };
     let affine = Affine {

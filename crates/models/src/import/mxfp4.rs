@@ -6,7 +6,7 @@
 use marlin_formats::{DType, Format, Scheme};
 use marlin_ops::{ExpertWeights, Weight};
 
-use super::codes::transpose_bytes;
+use super::codes::{transpose, transpose_bytes};
 use super::grid::quantized;
 use super::stored::Stored;
 use crate::Checkpoint;
@@ -67,12 +67,6 @@ pub(super) fn block_weight(
     if k % scheme.group_size != 0 {
         return Err(stored.error(suffix, format!("is for {k} channels, not a multiple of {}", scheme.group_size)));
     }
-    let groups = k / scheme.group_size;
-    let mut turned = vec![0u16; groups * n];
-    for (row, scales) in scales.chunks_exact(groups).enumerate() {
-        for (g, &scale) in scales.iter().enumerate() {
-            turned[g * n + row] = u16::from(scale);
-        }
-    }
-    quantized(scheme, k, n, transpose_bytes(codes, n), turned, Vec::new(), tensor_scale).map_err(stored.refused(suffix))
+    let scales = transpose(scales, k / scheme.group_size).into_iter().map(u16::from).collect();
+    quantized(scheme, k, n, transpose_bytes(codes, n), scales, Vec::new(), tensor_scale).map_err(stored.refused(suffix))
 }

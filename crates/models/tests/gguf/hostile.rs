@@ -189,3 +189,39 @@ fn blocks_with_impossible_scales() {
         assert!(error.contains("blk.0.ffn_up.weight") && error.contains("model.gguf"), "{name}: {error}");
     }
 }
+
+/// The factor of an NVFP4 tensor can lead beyond f32 though every stored number is finite.
+#[test]
+fn nvfp4_products_beyond_f32_are_refused() {
+    let block = [&[0x7E; 4][..], &[0x77; 32]].concat();
+    let spec = GgufSpec::llama().tensor("blk.0.ffn_up.weight", &[64, 1], 40, &block);
+    let weight = |scale: f32| {
+        let spec = spec.clone().tensor("blk.0.ffn_up.scale", &[1], F32, &scale.to_le_bytes());
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoint = Checkpoint::open(&spec.write(dir.path(), "model.gguf")).unwrap();
+        let scheme = marlin_models::QuantizationConfig::default();
+        let weight = checkpoint.weight(&scheme, "model.layers.0.mlp.up_proj", 1, 64, false);
+        weight.map(|weight| weight.to_f32().unwrap()).map_err(|e| e.to_string())
+    };
+    assert_eq!(weight(0.37).unwrap(), [6.0 * (448.0 * 0.37); 64]);
+    for scale in [3e38, 1.1e37] {
+        let error = weight(scale).unwrap_err();
+        assert!(error.contains("blk.0.ffn_up.weight") && error.contains("model.gguf"), "{scale}: {error}");
+    }
+}
+
+/// What the fuzzer starts from is valid, so that its edits reach past the header.
+#[test]
+fn fuzz_seeds_are_valid() {
+    let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/gguf");
+    let mut models = 0;
+    for seed in std::fs::read_dir(seeds).unwrap() {
+        let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+        match outcome(&bytes) {
+            Ok(()) => models += 1,
+            // Files of tensors or metadata alone.
+            Err(error) => assert!(error.contains("general.architecture") && error.contains("missing"), "{error}"),
+        }
+    }
+    assert_eq!(models, 6);
+}

@@ -96,3 +96,23 @@ fn damaged_vocabularies_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     assert!(Tokenizer::from_dir(&merges(&["a b"]).write(dir.path(), "model.gguf")).is_ok());
 }
+
+/// Runs of one character merge in quadratically many ways: more than any vocabulary needs is refused.
+#[test]
+fn merges_are_bounded_by_the_vocabulary() {
+    let runs = |longest: usize| {
+        let tokens: Vec<String> = (1..=longest).map(|len| "a".repeat(len)).collect();
+        let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let count = (longest as u64).to_le_bytes();
+        let scores = [&6u32.to_le_bytes()[..], &count, &vec![0; 4 * longest]].concat();
+        let spec =
+            GgufSpec::default().text("tokenizer.ggml.model", "llama").key("tokenizer.ggml.scores", ARRAY, &scores);
+        let spec = spec.key("tokenizer.ggml.tokens", ARRAY, &strings(&tokens));
+        spec.key("tokenizer.ggml.add_bos_token", 7, &[0])
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = Tokenizer::from_dir(&runs(100).write(dir.path(), "model.gguf")).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 100);
+    let error = error_of(&runs(200));
+    assert!(error.contains("tokenizer.ggml.tokens") && error.contains("more than 64 ways"), "{error}");
+}
