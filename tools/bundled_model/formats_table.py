@@ -32,7 +32,8 @@ RTN_FORMATS = [
     "int8", "int8_asym", "fp8_e4m3", "fp8_e5m2", "nvfp4", "mxfp4", "fp4_e2m1", "int4_s4",
     "int4_u4", "nf4", "int3", "nf3", "int2", "nf2",
 ]
-GPTQ_FORMATS = ["fp4_e2m1", "int4_s4", "int4_u4", "int3", "int2"]
+GPTQ_FORMATS = ["fp4_e2m1", "nvfp4", "mxfp4", "int4_s4", "int4_u4", "int3", "int2"]
+MR_GPTQ_FORMATS = ["fp4_e2m1", "nvfp4", "mxfp4"]
 AWQ_FORMATS = ["int4_s4", "int4_u4", "int3"]
 MIXED_BITS = ["2.5", "3.5"]
 EXL3_BITS = ["1", "1.5", "2", "2.5", "3", "3.5", "4", "5", "6"]
@@ -45,6 +46,8 @@ def jobs():
         yield name, "RTN", ["--format", name, "--method", "rtn"]
     for name in GPTQ_FORMATS:
         yield name, "GPTQ", ["--format", name, "--method", "gptq", *calibrated]
+    for name in MR_GPTQ_FORMATS:
+        yield name, "MR-GPTQ", ["--format", name, "--method", "mr-gptq", *calibrated]
     for name in AWQ_FORMATS:
         yield name, "AWQ", ["--format", name, "--method", "awq", *calibrated]
     for bits in MIXED_BITS:

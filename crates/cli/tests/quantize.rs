@@ -42,6 +42,7 @@ fn killed_at_any_moment_it_ends_with_the_same_files() {
     for options in [
         vec!["--format=int4".to_owned()],
         calibrated("--format int3 --calibration-tokens 1024", &[]),
+        calibrated("--format int3 --calibration-tokens 1024 --method mr-gptq", &[]),
         calibrated("--format int4 --method awq --calibration-tokens 256", &[]),
         calibrated("--format int --bits 3.5 --calibration-tokens 64 --context 32", &middle),
         calibrated("--format exl3 --bits 1 --head-bits 16 --calibration-tokens 64 --context 64", &most),

@@ -164,6 +164,16 @@ pub enum ModelError {
         /// What is wrong.
         source: Box<OpError>,
     },
+    /// A tensor that a rotation of the model's bases would have to change, without a rule for it.
+    #[error("{}: tensor `{tensor}`: no rotation is known for it in a `{architecture}` model", path.display())]
+    Unrotatable {
+        /// The config file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The `model_type`.
+        architecture: &'static str,
+    },
     /// A tensor of another project's format whose shape or content contradicts its companions.
     #[error("{}: tensor `{tensor}` {reason}", path.display())]
     TensorContent {

@@ -15,6 +15,7 @@ mod model;
 mod modules;
 mod observe;
 mod quantization;
+mod rotation;
 mod scratch;
 mod synth;
 mod tokenizer;

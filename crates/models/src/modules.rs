@@ -114,14 +114,17 @@ impl ModelConfig {
     /// # Errors
     /// [`crate::ModelError::ExtraTensor`] for the first by name.
     pub fn check_no_extra_tensors(&self, checkpoint: &Checkpoint) -> Result<()> {
+        checkpoint.check_all_used(|name| name.ends_with(".rotary_emb.inv_freq") || self.is_of_prediction_layer(name))
+    }
+
+    /// Whether a tensor, by name, belongs to a multi-token-prediction layer after the last one.
+    pub fn is_of_prediction_layer(&self, tensor: &str) -> bool {
         let predict_layers = self.num_layers..self.num_layers + self.num_nextn_predict_layers;
-        checkpoint.check_all_used(|name| {
-            let layer = name
-                .strip_prefix("model.layers.")
-                .and_then(|rest| rest.split_once('.'))
-                .and_then(|(index, _)| index.parse::<usize>().ok());
-            name.ends_with(".rotary_emb.inv_freq") || layer.is_some_and(|layer| predict_layers.contains(&layer))
-        })
+        let layer = tensor
+            .strip_prefix("model.layers.")
+            .and_then(|rest| rest.split_once('.'))
+            .and_then(|(index, _)| index.parse::<usize>().ok());
+        layer.is_some_and(|layer| predict_layers.contains(&layer))
     }
 }
 

@@ -118,6 +118,9 @@ enum MethodName {
     Gptq,
     /// Channel scales against the size of the calibration activations, folded into the operations before
     Awq,
+    /// GPTQ of the model in rotated bases: blocks of a Hadamard matrix, folded into the weights on both sides. Meant for
+    /// fp4, nvfp4 and mxfp4. A tied lm_head becomes a matrix of its own; prediction layers are left out
+    MrGptq,
 }
 
 /// `--scale-search`.
@@ -148,6 +151,10 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     if matches!(&recipe, Recipe::Exl3(recipe) if recipe.head_bits <= 8) {
         input.add_tied_head();
     }
+    let rotated = args.method == Some(MethodName::MrGptq);
+    if rotated {
+        input.rotate()?;
+    }
     let assignments = recipe.resolve(&input.modules, input.config.num_layers)?;
     let sequences = args.sequences(&input)?;
     if let Recipe::Exl3(recipe) = &mut recipe {
@@ -176,7 +183,7 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     if let Some(mixture) = &mixture {
         report::mixture(mixture, args.verbose)?;
     }
-    print_line!("{}", report::summary_line(&args.output, recipe, method, &summary, &written, start));
+    print_line!("{}", report::summary_line(&args.output, recipe, (method, rotated), &summary, &written, start));
     Ok(())
 }
 
@@ -261,7 +268,7 @@ impl QuantizeArgs {
             }
             (_, Some(MethodName::Awq), Some(_)) => {
                 if self.no_act_order || self.damping.is_some() {
-                    bail!("--no-act-order and --damping are options of --method gptq");
+                    bail!("--no-act-order and --damping are options of --method gptq and mr-gptq");
                 }
                 let default = AwqOptions::default();
                 Ok(Method::Awq(AwqOptions {
@@ -270,7 +277,7 @@ impl QuantizeArgs {
                 }))
             }
             (_, Some(MethodName::Awq), None) => bail!("--method awq needs calibration text: add --calibration TEXT"),
-            (_, None | Some(MethodName::Gptq), Some(_)) => {
+            (_, None | Some(MethodName::Gptq | MethodName::MrGptq), Some(_)) => {
                 let default = GptqOptions::default();
                 Ok(Method::Gptq(GptqOptions {
                     damping: self.damping.unwrap_or(default.damping),
@@ -281,6 +288,9 @@ impl QuantizeArgs {
             }
             (_, Some(MethodName::Gptq), None) => {
                 bail!("--method gptq needs calibration text: add --calibration TEXT")
+            }
+            (_, Some(MethodName::MrGptq), None) => {
+                bail!("--method mr-gptq needs calibration text: add --calibration TEXT")
             }
             (_, Some(MethodName::Rtn), Some(_)) => {
                 bail!("--method rtn does not use calibration text: leave out --calibration")
@@ -315,7 +325,8 @@ impl QuantizeArgs {
         add("program version", env!("CARGO_PKG_VERSION").to_owned());
         add("IN", std::fs::canonicalize(&self.input).unwrap_or(self.input.clone()).display().to_string());
         add("contents of IN", input.files_hash()?);
-        add("method", format!("{method:?}"));
+        let bases = if input.checkpoint.is_rotated() { "rotated " } else { "" };
+        add("method", format!("{bases}{method:?}"));
         add("formats by module", {
             let targets: String = assignments.iter().map(|a| format!("{} {:?}\n", a.module.name, a.target)).collect();
             Fingerprint::hash(targets.as_bytes())

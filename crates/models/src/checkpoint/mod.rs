@@ -2,6 +2,7 @@
 
 mod gguf;
 mod header;
+mod rotated;
 mod weights;
 
 pub(crate) use weights::group_dtype;
@@ -18,6 +19,7 @@ use serde_json::Value;
 use crate::config::read_json;
 use crate::error::{ModelError, Result};
 use crate::mmap::MappedFile;
+use crate::rotation::Rotation;
 
 /// Type, shape and file of a stored tensor.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +69,8 @@ pub struct Checkpoint {
     path: PathBuf,
     tensors: BTreeMap<String, Entry>,
     warnings: Mutex<Vec<String>>,
+    /// What is folded into everything that is read as a weight or a vector.
+    rotation: Option<Rotation>,
 }
 
 impl Checkpoint {
@@ -79,7 +83,7 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self> {
         let single = dir.join("model.safetensors");
         let index = dir.join("model.safetensors.index.json");
-        let mut checkpoint = Self { path: dir.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default() };
+        let mut checkpoint = Self::empty(dir);
         if let Some(file) = crate::gguf::find(dir)? {
             checkpoint.add_gguf(&file)?;
         } else if single.exists() {
@@ -101,9 +105,13 @@ impl Checkpoint {
     /// A file that is missing, truncated, longer than its tensors, or whose header is not valid: a length beyond the
     /// file, a shape that overflows or contradicts its byte range, overlapping ranges or holes, an unknown dtype.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let mut checkpoint = Self { path: path.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default() };
+        let mut checkpoint = Self::empty(path);
         checkpoint.add_file(path)?;
         Ok(checkpoint)
+    }
+
+    fn empty(path: &Path) -> Self {
+        Self { path: path.to_owned(), tensors: BTreeMap::new(), warnings: Mutex::default(), rotation: None }
     }
 
     fn add_shards(&mut self, dir: &Path, index: &Path) -> Result<()> {

@@ -48,8 +48,11 @@ impl Checkpoint {
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
         let tensor = self.dense(name, &[len])?;
-        let values = tensor.to_f32().map_err(ModelError::tensor(entry.file.path(), name))?;
+        let mut values = tensor.to_f32().map_err(ModelError::tensor(entry.file.path(), name))?;
         self.release(name)?;
+        if let Some(rotation) = &self.rotation {
+            rotation.fold_vector(name, &mut values);
+        }
         Ok(values)
     }
 
@@ -61,6 +64,19 @@ impl Checkpoint {
     /// A missing tensor, another shape or dtype, NaN or infinity, a scheme that `quantization_config` does not give or
     /// that the stored scales contradict: each names the file and the tensor.
     pub fn weight(
+        &self,
+        quantization: &QuantizationConfig,
+        module: &str,
+        out_features: usize,
+        in_features: usize,
+        bias: bool,
+    ) -> Result<Weight> {
+        let weight = self.stored_weight(quantization, self.stored_module(module), out_features, in_features, bias)?;
+        self.rotated_weight(module, weight)
+    }
+
+    /// [`Checkpoint::weight`] as it is stored, but for the bias.
+    fn stored_weight(
         &self,
         quantization: &QuantizationConfig,
         module: &str,
@@ -161,10 +177,11 @@ impl Checkpoint {
         };
         (0..experts)
             .map(|e| {
+                let rotated = |name: &str, weight| self.rotated_weight(&format!("{prefix}.{e}.{name}"), weight);
                 Ok(ExpertWeights {
-                    gate: part(&gate_up, gate_up_entry, intermediate, hidden, 2 * e)?,
-                    up: part(&gate_up, gate_up_entry, intermediate, hidden, 2 * e + 1)?,
-                    down: part(&down, down_entry, hidden, intermediate, e)?,
+                    gate: rotated("gate_proj", part(&gate_up, gate_up_entry, intermediate, hidden, 2 * e)?)?,
+                    up: rotated("up_proj", part(&gate_up, gate_up_entry, intermediate, hidden, 2 * e + 1)?)?,
+                    down: rotated("down_proj", part(&down, down_entry, hidden, intermediate, e)?)?,
                 })
             })
             .collect()

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use marlin_formats::DType;
 use marlin_models::{Checkpoint, ModelConfig};
 use marlin_ops::HostTensor;
 use marlin_quantize::{Fingerprint, ModelSource, Module, Role, SourceError};
@@ -67,6 +68,30 @@ impl Input {
         self.modules.push(Module::new("lm_head", n, k, self.config.num_layers));
         let tensor = "model.embed_tokens.weight".to_owned();
         self.slices.insert("lm_head".to_owned(), Slice { tensor, start: 0 });
+    }
+
+    /// From now on the model is read in rotated bases (see [`Checkpoint::rotate`]), with an output head of its own and
+    /// without prediction layers, which the rotation does not reach.
+    pub(super) fn rotate(&mut self) -> Result<()> {
+        self.add_tied_head();
+        Ok(self.checkpoint.rotate(&mut self.config)?)
+    }
+
+    /// The config.json of what is written, but for its quantization.
+    pub(super) fn written_config(&self) -> Value {
+        let mut config = self.config_json.clone();
+        if self.checkpoint.is_rotated() {
+            config["tie_word_embeddings"] = false.into();
+            if let Some(layers) = config.get_mut("num_nextn_predict_layers") {
+                *layers = 0.into();
+            }
+        }
+        config
+    }
+
+    /// Whether a stored tensor has no place in what is written.
+    pub(super) fn is_left_out(&self, tensor: &str) -> bool {
+        self.checkpoint.is_rotated() && self.config.is_of_prediction_layer(tensor)
     }
 
     /// Whether a stored tensor is only read in slices.
@@ -143,6 +168,25 @@ impl Input {
         Ok(())
     }
 
+    /// The weight of a module that is not quantized, as it is written: in rotated bases rounded to the stored type again,
+    /// but for routers, which are small and choose.
+    pub(super) fn plain_weight(&self, module: &Module) -> Result<HostTensor> {
+        let stored = self.stored_weight(module)?;
+        if !self.checkpoint.is_rotated() {
+            return Ok(stored);
+        }
+        let values = self.checkpoint.fold(&module.name, module.in_features, stored.to_f32()?)?;
+        let dtype = if module.role == Role::Router { DType::F32 } else { stored.dtype() };
+        if let Some(index) = values.iter().position(|value| dtype == DType::F16 && value.abs() >= 65520.0) {
+            bail!(
+                "tensor `{}.weight`: element {index} is {} in its rotated basis, beyond f16",
+                module.name,
+                values[index]
+            );
+        }
+        Ok(HostTensor::from_f32_as(dtype, stored.dims(), &values)?)
+    }
+
     /// The stored weight of a module.
     pub(super) fn stored_weight(&self, module: &Module) -> Result<HostTensor> {
         let dims = [module.out_features, module.in_features];
@@ -172,7 +216,7 @@ impl ModelSource for Source<'_> {
     fn weight(&self, module: &Module) -> Result<Vec<f32>, SourceError> {
         let values = self.0.stored_weight(module)?.to_f32()?;
         self.0.release(module)?;
-        Ok(values)
+        Ok(self.0.checkpoint.fold(&module.name, module.in_features, values)?)
     }
 
     fn vector(&self, tensor: &str, len: usize) -> Result<Vec<f32>, SourceError> {

@@ -50,10 +50,16 @@ impl Output {
         for name in input.checkpoint.names() {
             let quantized = by_weight.get(name).is_some_and(|a| a.target.is_some());
             let Some(info) = input.checkpoint.get(name) else { continue };
-            if quantized || fused.contains(name) || changed.contains(name) {
+            if quantized || fused.contains(name) || changed.contains(name) || input.is_left_out(name) {
                 continue;
             }
             let mut tensor = match info.dtype {
+                _ if input.checkpoint.rotation_changes(name) => match by_weight.get(name) {
+                    Some(assignment) => input.plain_weight(&assignment.module)?,
+                    None => {
+                        HostTensor::from_f32(info.shape, &input.checkpoint.vector(name, info.shape.iter().product())?)?
+                    }
+                },
                 DType::F32 | DType::F16 | DType::BF16 => input.checkpoint.dense(name, info.shape)?,
                 _ => input.checkpoint.tensor(name)?,
             };
@@ -66,7 +72,7 @@ impl Output {
         for Assignment { module, target } in assignments {
             let name = format!("{}.weight", module.name);
             if target.is_none() && input.slices.contains_key(&module.name) && !changed.contains(&name) {
-                let tensor = input.stored_weight(module)?;
+                let tensor = input.plain_weight(module)?;
                 self.tensor(&name, &tensor)?;
                 input.release(module)?;
             }
@@ -112,7 +118,7 @@ impl Output {
         staging: &mut Staging,
     ) -> Result<WriteSummary> {
         let (quantization, beside) = recipe.config(assignments, &self.stored)?;
-        let mut config = input.config_json.clone();
+        let mut config = input.written_config();
         match &mut config {
             Value::Object(object) => {
                 object.insert("quantization_config".to_owned(), quantization);

@@ -52,7 +52,7 @@ pub(super) fn mixture(blocks: &[(Sensitivity, Scheme)], verbose: bool) -> Result
 pub(super) fn summary_line(
     output: &Path,
     recipe: &Recipe,
-    method: Method,
+    (method, rotated): (Method, bool),
     summary: &Summary,
     written: &WriteSummary,
     start: Instant,
@@ -64,6 +64,7 @@ pub(super) fn summary_line(
     };
     let method = match method {
         Method::Rtn(_) => " (rtn)",
+        Method::Gptq(_) if rotated => " (mr-gptq)",
         Method::Gptq(_) => " (gptq)",
         Method::Awq(_) => " (awq)",
         Method::Exl3(_) => "",

@@ -6,9 +6,9 @@ use std::fs;
 use clap::Parser;
 use marlin_formats::exl3::Exl3Matrix;
 use marlin_formats::{DType, Format, QuantizedMatrix};
-use marlin_models::{Checkpoint, LoadOptions, Model, ModelConfig};
+use marlin_models::{Checkpoint, KvCache, LoadOptions, Logits, Model, ModelConfig};
 use marlin_ops::{Weight, WeightData};
-use marlin_quantize::{Module, Previous, Role, rtn};
+use marlin_quantize::{ModelSource, Module, Previous, Role, rtn};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -354,6 +354,7 @@ fn an_interrupted_job_goes_on_with_the_same_arguments_only() {
         ("--format int3 --calibration TEXT --context 32", "calibration tokens was "),
         ("--format int3 --calibration TEXT --context 64 --damping 0.1", "damping: 0.1"),
         ("--format int3", "--calibration was "),
+        ("--format int3 --method mr-gptq --calibration TEXT --context 64", "now `rotated Gptq"),
     ] {
         let message = format!("{:#}", folder.quantize("out", other).unwrap_err());
         for expected in ["out.partial: ", "unfinished work of another job", expected, "--restart"] {
@@ -560,4 +561,81 @@ fn fractional_bits_mix_formats_under_the_budget() {
     folder.quantize("again", options).unwrap();
     assert_eq!(contents(&folder.path("again")), contents(&folder.path("out")));
     folder.assert_only(&["again", "in", "out", "text"]);
+}
+
+/// The logits of a folder's model after each of its first 40 tokens, `[40, vocab]`.
+fn logits(dir: &Path) -> Vec<f32> {
+    let device = DeviceArgs { device: DeviceKind::Cpu, device_index: None, exact: true, threads: Some(1) };
+    let backend = crate::device::open_cpu(&device).unwrap();
+    let config = ModelConfig::from_dir(dir).unwrap();
+    let tokens: Vec<u32> = (0..40u32).map(|i| (i * i * 7 + 3) % config.vocab_size as u32).collect();
+    let options = LoadOptions { cache_dtype: DType::F32, ..LoadOptions::default() };
+    let model = Model::load(backend, &Checkpoint::open(dir).unwrap(), config, options).unwrap();
+    let mut cache = KvCache::new(&model, tokens.len()).unwrap();
+    let mut scratch = model.scratch(tokens.len()).unwrap();
+    let logits = model.forward(&tokens, &mut cache, &mut scratch, Logits::All).unwrap();
+    model.backend().read_f32(logits).unwrap()
+}
+
+/// Largest difference, as a part of the largest value of `b`.
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let largest = |values: &mut dyn Iterator<Item = f32>| values.fold(0.0, |max: f32, v| max.max(v.abs()));
+    largest(&mut a.iter().zip(b).map(|(a, b)| a - b)) / largest(&mut b.iter().copied())
+}
+
+#[test]
+fn rotated_folders_compute_the_same() {
+    let more = ["llama-biases", "glm4_moe_lite-no_q_lora_tied", "qwen3_moe-mlp_only_sliding_yarn"];
+    for golden in MODELS.into_iter().chain(more) {
+        let folder = Folder::new(golden);
+        let expected = logits(&folder.path("in"));
+        // Nothing is quantized: what is left is the rotation.
+        let options = "--method mr-gptq --calibration TEXT --context 64 --format";
+        folder.quantize("plain", &format!("{options} fp4 --ignore *")).unwrap();
+        let plain = logits(&folder.path("plain"));
+        assert_ne!(plain, expected, "{golden}");
+        assert!(difference(&plain, &expected) < 1e-4, "{golden}: {:e}", difference(&plain, &expected));
+        let options = format!("{options} int8 --group 32 --embeddings int8 --lm-head int8");
+        folder.quantize("out", &options).unwrap();
+        let written = Written::open(&folder.path("out"));
+        let mut input = Input::open(&folder.path("in")).unwrap();
+        input.rotate().unwrap();
+        for module in input.modules.iter().filter(|module| module.role != Role::Router) {
+            let decoded = written.matrix(module).unwrap().decode().unwrap();
+            let rotated = input::Source(&input).weight(module).unwrap();
+            let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error = squares(&mut decoded.iter().zip(&rotated).map(|(a, b)| a - b));
+            let error = error / squares(&mut rotated.iter().copied());
+            assert!(error < 1e-3, "{golden} {}: {error:e}", module.name);
+        }
+        // The head is a matrix of its own, prediction layers are gone.
+        let config = folder.config(&folder.path("out"));
+        assert_eq!(config["tie_word_embeddings"], false);
+        assert!(config.get("num_nextn_predict_layers").is_none_or(|layers| layers == 0));
+        assert!(written.checkpoint.contains("lm_head.mm.q"));
+        assert!(!written.checkpoint.names().any(|name| input.config.is_of_prediction_layer(name)));
+        folder.quantize("again", &options).unwrap();
+        assert_eq!(contents(&folder.path("again")), contents(&folder.path("out")));
+    }
+}
+
+#[test]
+fn mr_gptq_takes_every_four_bit_float_and_needs_text() {
+    let folder = Folder::new("glm4_moe_lite-base");
+    folder.refuses("--format nvfp4 --method mr-gptq", &["--method mr-gptq needs calibration text"]);
+    folder.refuses("--format exl3 --bits 4 --method mr-gptq --calibration TEXT", &["--method", "exl3"]);
+    for format in ["fp4", "nvfp4", "mxfp4"] {
+        let options = format!("--format {format} --calibration TEXT --context 64 --method");
+        folder.quantize(&format!("{format}-gptq"), &format!("{options} gptq")).unwrap();
+        folder.quantize(format, &format!("{options} mr-gptq")).unwrap();
+        let (plain, rotated) =
+            (Written::open(&folder.path(&format!("{format}-gptq"))), Written::open(&folder.path(format)));
+        let input = Input::open(&folder.path("in")).unwrap();
+        for module in input.modules.iter().filter(|module| module.role == Role::Linear) {
+            let (plain, rotated) = (plain.matrix(module).unwrap(), rotated.matrix(module).unwrap());
+            assert_eq!(plain.scheme, rotated.scheme);
+            assert_ne!(plain, rotated, "{format} {}", module.name);
+        }
+    }
 }
