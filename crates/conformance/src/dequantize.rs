@@ -92,7 +92,8 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     const ORDERS: [WeightOrder; 2] = [WeightOrder::OutputMajor, WeightOrder::InputMajor];
     const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
     let formats = Format::ALL.into_iter().map(|format| Storage::Quantized(format, group_sizes(format)[0]));
-    for storage in DENSE.into_iter().chain(formats) {
+    let grids = (2..=8).map(|bits| Storage::Grid(bits, 32));
+    for storage in DENSE.into_iter().chain(formats).chain(grids) {
         for order in ORDERS {
             for dtype in DTYPES {
                 runner.check(&DequantizeCase { storage, order, dtype, ..CASE });
@@ -117,6 +118,11 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
         for group_size in group_sizes(format) {
             let case = DequantizeCase { storage: Storage::Quantized(format, group_size), n: 7, k: 300, ..CASE };
             runner.check(&DequantizeCase { order: WeightOrder::InputMajor, ..case });
+        }
+    }
+    for bits in 2..=8 {
+        for scales in [Scales::SomeZero, Scales::Large, Scales::Tiny] {
+            runner.check(&DequantizeCase { storage: Storage::Grid(bits, 64), scales, n: 20, k: 300, ..CASE });
         }
     }
     bad_arguments(runner);

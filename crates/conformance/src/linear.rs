@@ -1,5 +1,7 @@
 //! Linear layers, gated products, embeddings.
 
+mod grid;
+
 use marlin_formats::{DType, Format};
 use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs};
@@ -406,7 +408,7 @@ fn after_norm(weight: &Weight, x: &[f64], mode: Mode) -> Result<Vec<Bound>> {
     let (k, n) = (weight.in_features(), weight.out_features());
     let rounds = match &weight.data {
         WeightData::Quantized(matrix) => mode == Mode::Int8Activations && takes_int8_activations(&matrix.scheme),
-        WeightData::Dense(_) | WeightData::Exl3(_) => false,
+        WeightData::Dense(_) | WeightData::Exl3(_) | WeightData::Grid(_) => false,
     };
     let w = weight.to_f32()?;
     let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);
@@ -581,6 +583,7 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     }
     gated_up(runner);
     projections(runner);
+    grid::run(runner);
     for storage in storages(0).into_iter().chain(storages(1)) {
         for hidden in [96, 129] {
             runner.check(&EmbeddingCase::new(storage, hidden));

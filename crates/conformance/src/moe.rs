@@ -478,6 +478,23 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
         }
         runner.check(&ExpertMlpCase { bias: true, residual: Add::Tensor, ..experts(tokens, &rates[1..]) });
     }
+    // Grids, of three rates for the projections of an expert, beside formats that take f32 activations in every mode.
+    let grid = |bits| Storage::Grid(bits, 32);
+    let (g3, g4) = (Storage::Grid(3, 128), Storage::Grid(4, 64));
+    for tokens in [1, 3, 4, 5, 33, 130] {
+        for storages in [
+            &[grid(2)][..],
+            &[grid(3)],
+            &[g4, g3, grid(2)],
+            &[grid(6), grid(2), g3],
+            &[grid(8)],
+            &[grid(5), grid(7), nf4],
+        ] {
+            runner.check(&experts(tokens, storages));
+        }
+        let case = ExpertMlpCase { bias: true, residual: Add::Tensor, ..experts(tokens, &[g4, nf4, g3, rates[0]]) };
+        runner.check(&ExpertMlpCase { hidden: 200, intermediate: 33, ..case });
+    }
     for format in Format::ALL {
         let storage = quantized(format, format.fixed_group_size().unwrap_or(32));
         for tokens in [1, 9] {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use half::f16;
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
+use marlin_formats::grid::{self, GridMatrix};
 use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift};
 use marlin_ops::{HostTensor, Result, Weight};
 
@@ -15,6 +16,8 @@ pub(crate) enum Storage {
     Dense(DType),
     Quantized(Format, usize),
     Exl3(Codebook, u32),
+    /// Bits and group size.
+    Grid(u32, usize),
 }
 
 impl Storage {
@@ -30,6 +33,7 @@ impl fmt::Display for Storage {
             Storage::Dense(dtype) => write!(f, "{}", dtype.name().to_lowercase()),
             Storage::Quantized(format, group_size) => write!(f, "{format}:g{group_size}"),
             Storage::Exl3(codebook, bits) => write!(f, "exl3:{}:{bits}", codebook.name()),
+            Storage::Grid(bits, group_size) => write!(f, "grid:{bits}:g{group_size}"),
         }
     }
 }
@@ -69,6 +73,7 @@ pub(crate) fn random_weight(
             let values: Vec<f32> = random.normals(n * k).iter().map(|v| v / 8.0).collect();
             Weight::dense(HostTensor::from_f32_as(dtype, &[n, k], &values)?)
         }
+        Storage::Grid(bits, group_size) => Weight::grid(grid_matrix(bits, group_size, [n, k], scales, random)?),
         Storage::Quantized(format, group_size) => {
             let mut code = |_: usize, _: usize| finite_code(format, random.word());
             let codes: Vec<Vec<u8>> = (0..n).map(|n| (0..k).map(|k| code(n, k)).collect()).collect();
@@ -90,6 +95,30 @@ pub(crate) fn random_weight(
             Weight::exl3(Exl3Matrix { codebook, bits, in_features: k, out_features: n, trellis, suh, svh })
         }
     }
+}
+
+/// Random codes, padding included, signs and grid.
+fn grid_matrix(
+    bits: u32,
+    group_size: usize,
+    [n, k]: [usize; 2],
+    scales: Scales,
+    random: &mut Random,
+) -> Result<GridMatrix> {
+    let bytes = k.div_ceil(grid::SIDE) * n.div_ceil(grid::SIDE) * grid::tile_bytes(bits);
+    // Values are of about the same size at every rate.
+    let step = 8.0 / (1u32 << bits) as f32;
+    let mut scale = |i: usize| match scales {
+        Scales::SomeZero if i % 2 == 1 => 0.0,
+        _ => (0.5 + random.unit()) / 32.0 * step * magnitude(scales),
+    };
+    let scales = (0..k.div_ceil(group_size) * n).map(&mut scale).collect();
+    let tiles = (0..bytes).map(|_| random.word() as u8).collect();
+    let mut signs = |count: usize| (0..count).map(|_| if random.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+    let (su, sv) = (signs(k), signs(n));
+    let factor = [1.0, grid::CODEBOOK_FACTOR][random.below(2)];
+    let grid = grid::uniform(bits, factor)?;
+    Ok(GridMatrix { bits, in_features: k, out_features: n, group_size, tiles, scales, su, sv, grid })
 }
 
 /// A weight in which every input feature k meets every code: `code(n, k) = (n + k) mod codes`.

@@ -4,12 +4,13 @@
 //! - codes: `[tiles][code_rows][16]` u32, the native words; rows are padded to whole blocks of 32 input features;
 //! - scales, zeros and offsets: `[tiles][groups][16]` in their stored type;
 //! - dense values: `[tiles][K][16]` in the stored dtype;
-//! - EXL3: see [`exl3`].
+//! - EXL3: see [`exl3`]; grid codes: see [`grid`].
 //!
 //! Padding columns hold zeros. The last word of a planar unit is stored with its bits in the layout's [`CodeOrder`], so
 //! that high bits meet their low bits with shifts alone.
 
 pub(crate) mod exl3;
+pub(crate) mod grid;
 
 use half::f16;
 use marlin_formats::pack::Layout;
@@ -18,6 +19,7 @@ use marlin_ops::activation::ACTIVATION_BLOCK;
 use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
 
 use self::exl3::{Exl3, SPAN};
+use self::grid::Grid;
 use crate::pool::Pool;
 use crate::simd::{LANES, Line};
 
@@ -53,6 +55,7 @@ pub(crate) enum Values {
     BF16(Vec<[u16; LANES]>),
     Quantized(Box<Quantized>),
     Exl3(Exl3),
+    Grid(Grid),
 }
 
 /// Codes, scales and zeros of a weight.
@@ -137,6 +140,7 @@ impl PackedWeight {
                 matrix.validate()?;
                 Values::Exl3(Exl3::new(pool, matrix, exact))
             }
+            WeightData::Grid(matrix) => Values::Grid(Grid::new(pool, matrix)?),
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
@@ -180,6 +184,7 @@ impl PackedWeight {
                 size_of_val(&q.codes[..]) + q.scales.size_in_bytes() + shifts
             }
             Values::Exl3(q) => q.size_in_bytes(),
+            Values::Grid(q) => q.size_in_bytes(),
         };
         values + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
     }
@@ -220,6 +225,7 @@ impl PackedWeight {
             }
             Values::Quantized(q) => q.column(tile, lane, out),
             Values::Exl3(q) => q.column(n, out),
+            Values::Grid(q) => q.column(tile, lane, out),
         }
     }
 }
@@ -351,18 +357,7 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
     // Whole blocks of 32, or of 256 with two-level scales, also where a block has several groups.
     let block = if format.scale_kind().is_two_level() { SUPER_BLOCK } else { ACTIVATION_BLOCK };
     let groups = scheme.groups(k).next_multiple_of(block.div_ceil(scheme.group_size));
-    let mut codes = vec![Line([0u32; LANES]); n.div_ceil(LANES) * code_rows];
-    pool.for_chunks(&mut codes, code_rows, |tile, lines| {
-        let rows = matrix.codes.chunks_exact(n);
-        for (r, (line, row)) in lines.iter_mut().zip(rows).enumerate() {
-            let row = &row[tile * LANES..n.min((tile + 1) * LANES)];
-            line.0[..row.len()].copy_from_slice(row);
-            let layout = format.layout();
-            if layout.high_bits() > 0 && (r + 1) % layout.words_per_unit() == 0 {
-                line.0 = line.0.map(|word| reorder_high_bits(layout, word));
-            }
-        }
-    });
+    let codes = tile_codes(pool, &matrix.codes, n, format.layout(), code_rows);
     let mask = (1u32 << format.code_bits().min(4)) - 1;
     Ok(Quantized {
         scheme,
@@ -382,6 +377,22 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
         byte_levels: (format.layout() == Layout::Bits8)
             .then(|| Box::new(std::array::from_fn(|i| format.value(i as u8, 0.0)))),
     })
+}
+
+/// Native words `[rows, N]` in column tiles, `code_rows` lines each.
+fn tile_codes(pool: &Pool, words: &[u32], n: usize, layout: Layout, code_rows: usize) -> Vec<Line<u32>> {
+    let mut codes = vec![Line([0u32; LANES]); n.div_ceil(LANES) * code_rows];
+    pool.for_chunks(&mut codes, code_rows, |tile, lines| {
+        let rows = words.chunks_exact(n);
+        for (r, (line, row)) in lines.iter_mut().zip(rows).enumerate() {
+            let row = &row[tile * LANES..n.min((tile + 1) * LANES)];
+            line.0[..row.len()].copy_from_slice(row);
+            if layout.high_bits() > 0 && (r + 1) % layout.words_per_unit() == 0 {
+                line.0 = line.0.map(|word| reorder_high_bits(layout, word));
+            }
+        }
+    });
+    codes
 }
 
 /// Scales, zero points or offsets in column tiles, `groups` lines each.

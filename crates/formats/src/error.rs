@@ -157,6 +157,56 @@ pub enum FormatError {
         /// The bit rate.
         bits: u32,
     },
+    /// A bit rate that grid codes do not have.
+    #[error("grid codes have 2 to 8 bits, not {bits}")]
+    GridBits {
+        /// The bit rate.
+        bits: u32,
+    },
+    /// A group size that grid codes do not have.
+    #[error("group_size {group_size} is not valid for grid codes: it must be a positive multiple of 32")]
+    GridGroupSize {
+        /// The refused group size.
+        group_size: usize,
+    },
+    /// A header byte that contradicts the bit rate.
+    #[error("the tiles begin with the header byte {header}, which is not their bit rate {bits}")]
+    GridHeader {
+        /// What was found.
+        header: u8,
+        /// Bits of one code.
+        bits: u32,
+    },
+    /// A grid that is not odd.
+    #[error("grid[{index}] is {value}, which is not minus the value at that place from the end")]
+    GridNotOdd {
+        /// The code.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// A sign of a grid matrix that is neither +1 nor -1.
+    #[error("{what}[{index}] is {value}; signs must be 1 or -1")]
+    GridSign {
+        /// Whether of inputs (`su`) or outputs (`sv`).
+        what: &'static str,
+        /// Its place.
+        index: usize,
+        /// What was found.
+        value: f32,
+    },
+    /// A code without a value in the grid.
+    #[error("code {code} at [n={n}, k={k}] is outside the grid of {levels} values")]
+    GridIndex {
+        /// Output feature.
+        n: usize,
+        /// Input feature.
+        k: usize,
+        /// The code.
+        code: u8,
+        /// Length of the grid.
+        levels: usize,
+    },
     /// A row or group index outside the matrix.
     #[error("{what} {index} is out of range, the matrix has {count}")]
     Index {

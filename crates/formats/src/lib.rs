@@ -9,6 +9,7 @@
 //! - [`StoredGroups`], the groups of an imported matrix as its checkpoint stores them;
 //! - [`QuantizedMatrix`], one weight matrix in the native K-major layout;
 //! - [`exl3`]: trellis codes, whose matrices are not grouped;
+//! - [`grid`]: scalar grid codes in tiles, with signs of inputs and outputs;
 //! - [`DType`], the element types of stored tensors.
 //!
 //! Throughout, `K` is in_features (the reduction axis), `N` is out_features, and dense weights
@@ -22,6 +23,7 @@ pub mod exl3;
 mod format;
 pub mod fp4;
 pub mod fp8;
+pub mod grid;
 mod group;
 mod matrix;
 pub mod normal_float;

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use cubecl::prelude::*;
 use marlin_formats::exl3::{Exl3Matrix, HADAMARD};
+use marlin_formats::grid::GridMatrix;
 use marlin_formats::{QuantizedMatrix, ScaleKind, Shift};
 use marlin_ops::{HostTensor, Result, Weight, WeightData};
 
@@ -88,6 +89,7 @@ pub(crate) fn pack(weight: &Weight) -> Result<Packed> {
         WeightData::Dense(tensor) => pack_dense(tensor, weight.out_features(), weight.in_features()),
         WeightData::Quantized(matrix) => pack_quantized(matrix),
         WeightData::Exl3(matrix) => Ok(pack_exl3(matrix)),
+        WeightData::Grid(matrix) => pack_grid(matrix),
     }
 }
 
@@ -186,6 +188,21 @@ fn pack_exl3(matrix: &Exl3Matrix) -> Packed {
         zero_count: matrix.svh.len(),
         table: trellis.table(),
     }
+}
+
+/// Grid codes with the signs folded into codes and scales.
+fn pack_grid(matrix: &GridMatrix) -> Result<Packed> {
+    let grid = matrix.folded()?;
+    let decoder = Decoder::grid(grid.layout, grid.group_size);
+    Ok(Packed {
+        decoder,
+        words: pad(&grid.words, decoder, matrix.out_features, matrix.in_features),
+        scales: bytemuck::cast_slice(&grid.scales).to_vec(),
+        scale_count: grid.scales.len(),
+        zeros: Vec::new(),
+        zero_count: 0,
+        table: grid.levels.to_vec(),
+    })
 }
 
 /// Codes of whole units up to a multiple of [`PADDED`] features; those beyond K, of unspecified value, become 0.

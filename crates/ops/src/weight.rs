@@ -1,4 +1,5 @@
 use marlin_formats::exl3::Exl3Matrix;
+use marlin_formats::grid::GridMatrix;
 use marlin_formats::{DType, QuantizedMatrix};
 
 use crate::profile::{Arithmetic, Cost};
@@ -13,6 +14,8 @@ pub enum WeightData {
     Quantized(QuantizedMatrix),
     /// Trellis codes between two Hadamard rotations.
     Exl3(Exl3Matrix),
+    /// Scalar grid codes with signs of inputs and outputs.
+    Grid(GridMatrix),
 }
 
 /// One linear layer on the host: `y[n] = sum_k x[k] W[k,n] + bias[n]`.
@@ -53,6 +56,12 @@ impl Weight {
         Ok(Self { data: WeightData::Exl3(matrix), bias: None })
     }
 
+    /// A weight of grid codes; its buffers are validated.
+    pub fn grid(matrix: GridMatrix) -> Result<Self> {
+        matrix.validate()?;
+        Ok(Self { data: WeightData::Grid(matrix), bias: None })
+    }
+
     /// The same weight with a bias `[out_features]`.
     pub fn with_bias(mut self, bias: Vec<f32>) -> Result<Self> {
         if bias.len() != self.out_features() {
@@ -68,6 +77,7 @@ impl Weight {
             WeightData::Dense(t) => t.dims()[1],
             WeightData::Quantized(q) => q.in_features,
             WeightData::Exl3(matrix) => matrix.in_features,
+            WeightData::Grid(matrix) => matrix.in_features,
         }
     }
 
@@ -77,6 +87,7 @@ impl Weight {
             WeightData::Dense(t) => t.dims()[0],
             WeightData::Quantized(q) => q.out_features,
             WeightData::Exl3(matrix) => matrix.out_features,
+            WeightData::Grid(matrix) => matrix.out_features,
         }
     }
 
@@ -86,6 +97,7 @@ impl Weight {
             WeightData::Dense(t) => t.to_f32(),
             WeightData::Quantized(q) => Ok(q.decode()?),
             WeightData::Exl3(matrix) => Ok(matrix.decode()?),
+            WeightData::Grid(matrix) => Ok(matrix.decode()?),
         }
     }
 
@@ -95,6 +107,7 @@ impl Weight {
             WeightData::Dense(t) => t.dtype().name(),
             WeightData::Quantized(q) => q.scheme.format.name(),
             WeightData::Exl3(_) => "exl3",
+            WeightData::Grid(_) => "trellis_grid",
         }
     }
 
@@ -108,6 +121,7 @@ impl Weight {
                 (bits * weights / 8.0).round() as usize
             }
             WeightData::Exl3(matrix) => (matrix.bits_per_weight() * weights / 8.0).round() as usize,
+            WeightData::Grid(matrix) => (matrix.bits_per_weight() * weights / 8.0).round() as usize,
         };
         matrix + self.bias.as_ref().map_or(0, |b| b.len() * 4)
     }

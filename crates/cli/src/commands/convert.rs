@@ -187,6 +187,9 @@ impl Conversion<'_> {
                     self.checkpoint.path().display()
                 )
             }
+            WeightData::Grid(_) => {
+                bail!("{name}: has grid codes, which a native folder does not hold: use --to bf16, int4, ...")
+            }
             WeightData::Dense(values) => {
                 self.plain.push(name.to_owned());
                 self.writer.host_tensor(&format!("{name}.weight"), values)?;

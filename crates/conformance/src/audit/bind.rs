@@ -3,7 +3,7 @@
 use super::case::{Count, Sink};
 use super::configuration::Settings;
 use super::table::Kernel;
-use super::{attention, convert, dequantize, fusion, hadamard, linear, mla, moe, rope, sampling, suite};
+use super::{attention, convert, dequantize, fusion, hadamard, linear, mla, moe, rope, sampling, suite, trellis};
 
 /// Why a row is bound to nothing, or to something.
 pub(crate) type Bound = std::result::Result<(), &'static str>;
@@ -58,6 +58,7 @@ pub(crate) fn bind<S: Sink>(kernel: &Kernel, settings: &Settings<'_>, sink: &mut
         }
         "mla_project" => mla::bind(settings, sink),
         "rope_apply" | "rope_table" | "rope_mla_latent" => rope::bind(kernel.operation, settings, sink),
+        "moe_expert_mlp" => trellis::bind(settings, sink),
         "moe_route" | "moe_group" | "moe_combine" | "moe_shared_expert" | "moe_forward" => {
             moe::bind(kernel.operation, settings, sink)
         }
@@ -86,7 +87,6 @@ fn no_operation(operation: &str) -> Option<&'static str> {
             "vision preprocessing"
         }
         "all_reduce" | "gather_scatter" | "reduce_scatter" => "collectives",
-        "moe_expert_mlp" => "trellis weights",
         _ => return None,
     })
 }

@@ -27,6 +27,7 @@ mod sampling;
 mod schema;
 mod suite;
 mod table;
+mod trellis;
 mod variants;
 
 pub use bind::{Binding, binding};

@@ -4,8 +4,9 @@ use marlin_formats::Levels;
 use marlin_formats::pack::Layout;
 
 use super::exl3;
+use crate::layout::grid::Grid;
 use crate::layout::{PackedWeight, Quantized, Scales, Values, high_position};
-use crate::simd::{Line, Simd};
+use crate::simd::{LANES, Line, Simd};
 
 /// Input features decoded at once: a panel of this many lines stays in the first-level cache.
 pub(crate) const PANEL: usize = 256;
@@ -39,6 +40,7 @@ pub(crate) fn decode_panel<S: Simd>(
         }
         Values::Quantized(q) => decode_quantized::<S, false>(s, q, tile, k0, count, panel),
         Values::Exl3(q) => exl3::decode_panel(s, q, tile, k0, &mut panel[..count]),
+        Values::Grid(q) => decode_grid(s, q, tile, k0, count, panel),
     }
 }
 
@@ -148,6 +150,42 @@ fn decode_quantized<S: Simd, const OFFSET: bool>(
                     s.to_f32(s.sar(s.shl(word, 24 - 8 * i), 24))
                 }),
             },
+        }
+        k = stop;
+    }
+}
+
+/// As [`decode_quantized`]; groups are multiples of all units.
+#[inline(always)]
+fn decode_grid<S: Simd>(s: S, q: &Grid, tile: usize, k0: usize, count: usize, panel: &mut [Line<f32>]) {
+    let (unit, words) = (q.layout.codes_per_unit(), q.layout.words_per_unit());
+    let codes = &q.tile_codes(tile)[k0 / unit * words..];
+    let levels = &q.levels;
+    let few: [f32; LANES] = std::array::from_fn(|code| levels[code]);
+    let (mut k, end) = (k0, k0 + count);
+    while k < end {
+        let g = k / q.group_size;
+        let stop = end.min((g + 1) * q.group_size);
+        let group = Group { scale: s.load(&q.scales[tile * q.groups + g].0), shift: s.splat(0.0) };
+        let (at, units) = ((k - k0) / unit, (stop - k).div_ceil(unit));
+        let codes = &codes[at * words..(at + units) * words];
+        let out = &mut panel[at * unit..(at + units) * unit];
+        let halves = [group; 2];
+        match q.layout {
+            Layout::Bits2 => decode_bits2::<S, false>(s, &few, codes, &group, out),
+            Layout::Bits4 => decode_bits4::<S, false>(s, &few, codes, &group, out),
+            Layout::Planar3 => {
+                decode_planar::<S, false, 3, 32>(s, q.layout, codes, &halves, out, |s, code| s.lut16(&few, code));
+            }
+            Layout::Planar5 => {
+                decode_planar::<S, false, 5, 32>(s, q.layout, codes, &halves, out, |s, code| s.lut256(levels, code));
+            }
+            Layout::Planar6 => {
+                decode_planar::<S, false, 3, 16>(s, q.layout, codes, &halves, out, |s, code| s.lut256(levels, code));
+            }
+            Layout::Bits8 => {
+                decode_bytes::<S, false>(s, codes, &group, out, |s, word, i| s.lut256(levels, s.shr(word, 8 * i)))
+            }
         }
         k = stop;
     }

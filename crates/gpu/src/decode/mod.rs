@@ -121,6 +121,12 @@ impl Decoder {
         Self { codes, levels: Levels::Dense, scale: Scale::None, zeros: false, offsets: false, group_size: 0 }
     }
 
+    /// The decoder of grid codes, whose signs are in the codes and scales.
+    pub(crate) fn grid(layout: Layout, group_size: usize) -> Self {
+        let (codes, levels, scale) = (Codes::Packed(layout), Levels::Table, Scale::F32);
+        Self { codes, levels, scale, zeros: false, offsets: false, group_size }
+    }
+
     /// Whether x and the results are rotated.
     pub(crate) const fn is_trellis(self) -> bool {
         matches!(self.codes, Codes::Trellis(_))

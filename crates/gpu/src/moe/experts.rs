@@ -4,7 +4,7 @@ use cubecl::ir::{ElemType, UIntKind};
 use cubecl::prelude::*;
 use marlin_ops::{ExpertWeights, Result, Weight};
 
-use crate::decode::{Decoder, Scale};
+use crate::decode::{Decoder, Levels, Scale};
 use crate::weight::{Packed, pack};
 use crate::{Buffer, Gpu};
 
@@ -92,6 +92,12 @@ struct Filling {
 }
 
 impl Filling {
+    /// Whether the weight's codes stand for the same values as the bank's.
+    fn shares_table(&self, packed: &Packed) -> bool {
+        self.decoder.levels != Levels::Table
+            || self.experts.first().is_none_or(|(first, _)| first.table == packed.table)
+    }
+
     /// Uploads the weights.
     fn finish<R: Runtime>(self, gpu: &Gpu<R>) -> Result<Bank> {
         const OP: &str = "prepare_experts";
@@ -133,8 +139,12 @@ impl Filling {
 fn place(banks: &mut Vec<Filling>, projection: usize, weight: &Weight, most: u64) -> Result<(usize, u32)> {
     let packed = pack(weight)?;
     let bytes = (packed.words.len() * 4) as u64;
-    let fits =
-        |bank: &Filling| bank.projection == projection && bank.decoder == packed.decoder && bank.bytes + bytes <= most;
+    let fits = |bank: &Filling| {
+        bank.projection == projection
+            && bank.decoder == packed.decoder
+            && bank.bytes + bytes <= most
+            && bank.shares_table(&packed)
+    };
     let index = banks.iter().position(fits).unwrap_or_else(|| {
         let (decoder, columns) = (packed.decoder, weight.out_features());
         banks.push(Filling { projection, decoder, columns, experts: Vec::new(), bytes: 0 });

@@ -75,10 +75,6 @@ impl Config {
         if !powers || self.unit_columns() > columns {
             return Some(format!("tiles of {rows} x {columns} x {depth}: powers of two, columns {UNITS} / rows"));
         }
-        let unit = self.first.unit().max(self.second().unit());
-        if depth < unit {
-            return Some(format!("tiles {depth} deep: {unit} input features are decoded at once"));
-        }
         let bytes = 4 * (rows * (depth + 1) + depth * columns + self.second_tile() + rows);
         (bytes > SHARED_BYTES).then(|| format!("tiles in {bytes} bytes of shared memory, at most {SHARED_BYTES}"))
     }
@@ -101,7 +97,9 @@ fn decode_tile<S: Numeric>(
     #[comptime] d: Decoder,
 ) {
     let mut task = UNIT_POS as usize;
-    while task < comptime!(c.depth / d.unit() * c.columns) {
+    // Of a unit deeper than the tile a part is kept.
+    let deeper = comptime!(d.unit() > c.depth);
+    while task < comptime!((c.depth / d.unit()).max(1) * c.columns) {
         let lane = task % c.columns;
         let part = task / c.columns;
         let unit = feature / comptime!(d.unit()) + part;
@@ -121,12 +119,16 @@ fn decode_tile<S: Numeric>(
             #[unroll]
             for j in 0..comptime!(d.unit()) {
                 let known = unit * comptime!(d.unit()) + j < place.features;
-                tile[to + comptime!(j * c.columns)] =
-                    select(known, weight_of(levels[j], scale, zero, d), f32::new(0.0));
+                let weight = select(known, weight_of(levels[j], scale, zero, d), f32::new(0.0));
+                if comptime!(!deeper) {
+                    tile[to + comptime!(j * c.columns)] = weight;
+                } else if feature % comptime!(d.unit()) == comptime!(j / c.depth * c.depth) {
+                    tile[to + comptime!(j % c.depth * c.columns)] = weight;
+                }
             }
         } else {
             #[unroll]
-            for j in 0..comptime!(d.unit()) {
+            for j in 0..comptime!(d.unit().min(c.depth)) {
                 tile[to + comptime!(j * c.columns)] = 0.0f32;
             }
         }

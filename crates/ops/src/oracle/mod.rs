@@ -156,7 +156,7 @@ impl Device for Oracle {
     fn prepare_weight(&self, weight: Weight) -> Result<OracleWeight> {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
         let rounds = match &weight.data {
-            WeightData::Dense(_) | WeightData::Exl3(_) => false,
+            WeightData::Dense(_) | WeightData::Exl3(_) | WeightData::Grid(_) => false,
             WeightData::Quantized(matrix) => takes_int8_activations(&matrix.scheme),
         };
         let bias = match &weight.bias {

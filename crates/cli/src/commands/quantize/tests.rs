@@ -127,7 +127,7 @@ impl Written {
     fn matrix(&self, module: &Module) -> Option<QuantizedMatrix> {
         match self.weight(module).data {
             WeightData::Quantized(matrix) => Some(matrix),
-            WeightData::Dense(_) | WeightData::Exl3(_) => None,
+            WeightData::Dense(_) | WeightData::Exl3(_) | WeightData::Grid(_) => None,
         }
     }
 }
