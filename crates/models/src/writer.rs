@@ -11,7 +11,7 @@ use marlin_formats::{DType, QuantizedMatrix};
 use marlin_ops::HostTensor;
 use serde_json::{Value, json};
 
-use crate::checkpoint::group_dtype;
+use crate::checkpoint::{NATIVE_TENSORS, group_dtype};
 use crate::error::{ModelError, Result};
 use shard::Shard;
 
@@ -162,16 +162,17 @@ impl Writer {
         let code_dims = [scheme.code_rows(matrix.in_features), n];
         let group_dims = [scheme.groups(matrix.in_features), n];
         let name = |suffix: &str| format!("{module}.mm.{suffix}");
-        self.tensor_with(&name("q"), DType::U32, &code_dims, |sink| {
+        let [q, s, z, ss, sz, gs] = NATIVE_TENSORS;
+        self.tensor_with(&name(q), DType::U32, &code_dims, |sink| {
             write_values(sink, &matrix.codes, |v| v.to_le_bytes())
         })?;
         let dtype = group_dtype(scheme.format.scale_kind());
         let super_dims = [scheme.super_blocks(matrix.in_features), n];
         for (suffix, values, dtype, dims) in [
-            ("s", &matrix.scales, dtype, &group_dims),
-            ("z", &matrix.zeros, dtype, &group_dims),
-            ("ss", &matrix.super_scales, DType::F16, &super_dims),
-            ("sz", &matrix.super_minima, DType::F16, &super_dims),
+            (s, &matrix.scales, dtype, &group_dims),
+            (z, &matrix.zeros, dtype, &group_dims),
+            (ss, &matrix.super_scales, DType::F16, &super_dims),
+            (sz, &matrix.super_minima, DType::F16, &super_dims),
         ] {
             if !values.is_empty() {
                 self.tensor_with(&name(suffix), dtype, dims, |sink| match dtype.size_in_bytes() {
@@ -181,7 +182,7 @@ impl Writer {
             }
         }
         match matrix.tensor_scale {
-            Some(scale) => self.tensor(&name("gs"), DType::F32, &[1], &scale.to_le_bytes()),
+            Some(scale) => self.tensor(&name(gs), DType::F32, &[1], &scale.to_le_bytes()),
             None => Ok(()),
         }
     }
@@ -225,6 +226,11 @@ impl Writer {
     /// An I/O error with the file; a name written before.
     pub fn file(&mut self, name: &str, contents: &[u8]) -> Result<()> {
         self.guard(|writer| writer.write_file(name, contents))
+    }
+
+    /// The contents of the `config.json` that [`Writer::finish`] writes.
+    pub fn config_text(config: &Value) -> String {
+        pretty(config)
     }
 
     /// Writes `config.json` and the shard index, forces everything to disk and gives the folder its final name.

@@ -236,6 +236,9 @@ pub struct Assignment {
     pub module: Module,
     /// What it is quantized to, or `None`: it stays as stored.
     pub target: Option<Target>,
+    /// Whether the target is the plan's default for linear layers, which no option names for this module: what a mixture
+    /// may replace.
+    pub by_default: bool,
 }
 
 impl Assignment {
@@ -258,24 +261,27 @@ impl Plan {
     /// or `lm_head` in a model that ties it to the embeddings.
     pub fn resolve(&self, modules: &[Module]) -> Result<Vec<Assignment>> {
         self.check_matches(modules)?;
-        let assign =
-            |module: &Module| Assignment { module: module.clone(), target: self.scheme(module).map(Target::from) };
+        let assign = |module: &Module| {
+            let (scheme, by_default) = self.scheme(module);
+            Assignment { module: module.clone(), target: scheme.map(Target::from), by_default }
+        };
         Ok(modules.iter().map(assign).collect())
     }
 
-    fn scheme(&self, module: &Module) -> Option<Scheme> {
+    /// The scheme of a module, and whether it is the default of linear layers.
+    fn scheme(&self, module: &Module) -> (Option<Scheme>, bool) {
         if self.ignore.iter().any(|ignore| ignore.matches(&module.name)) {
-            return None;
+            return (None, false);
         }
         let mut overrides = self.overrides.iter().rev();
         if let Some(found) = overrides.find(|found| reaches(&found.pattern, module)) {
-            return Some(found.scheme);
+            return (Some(found.scheme), false);
         }
         match module.role {
-            Role::Linear => Some(self.default),
-            Role::Embedding => self.embeddings,
-            Role::LmHead => self.lm_head,
-            Role::Router | Role::Other => None,
+            Role::Linear => (Some(self.default), true),
+            Role::Embedding => (self.embeddings, false),
+            Role::LmHead => (self.lm_head, false),
+            Role::Router | Role::Other => (None, false),
         }
     }
 

@@ -120,8 +120,8 @@ impl Fingerprint {
 #[serde(deny_unknown_fields)]
 struct State {
     version: u32,
-    /// Whether the model folder was complete and about to get its final name.
-    assembled: bool,
+    /// Hash of the model folder's `config.json`, once it is about to get its final name.
+    assembled: Option<String>,
     job: Fingerprint,
 }
 
@@ -146,7 +146,6 @@ pub struct Staging {
     /// Locked as long as it is open; the system lets go when the process dies.
     _lock: File,
     state: State,
-    published: bool,
     id: String,
     create: CreateFile,
 }
@@ -171,9 +170,8 @@ impl Staging {
 
     fn with_files(dir: &Path, fingerprint: &Fingerprint, create: CreateFile) -> Result<Self> {
         let lock = enter(dir)?;
-        let fresh = State { version: VERSION, assembled: false, job: fingerprint.clone() };
-        let mut staging =
-            Self { dir: dir.to_owned(), _lock: lock, state: fresh, published: false, id: fingerprint.id(), create };
+        let fresh = State { version: VERSION, assembled: None, job: fingerprint.clone() };
+        let mut staging = Self { dir: dir.to_owned(), _lock: lock, state: fresh, id: fingerprint.id(), create };
         match read_state(dir)? {
             Some(state) => {
                 if state.version != VERSION || state.job != *fingerprint {
@@ -183,8 +181,11 @@ impl Staging {
                     };
                     return Err(StagingError::OtherJob { path: dir.to_owned(), differences });
                 }
-                staging.published = state.assembled && !staging.model_dir().exists();
                 staging.state = state;
+                // What is still here did not get its final name.
+                if staging.state.assembled.is_some() && staging.model_dir().exists() {
+                    staging.clear_assembled()?;
+                }
                 staging.remove_unfinished()?;
             }
             None => staging.write_state()?,
@@ -222,18 +223,36 @@ impl Staging {
         self.contains(0)
     }
 
-    /// Whether an earlier process gave the model folder its final name and was killed before it
-    /// could remove this folder.
-    pub fn is_published(&self) -> bool {
-        self.published
+    /// Whether `out` is the model folder, which an earlier process gave its final name before it was killed; told by its
+    /// `config.json`.
+    ///
+    /// # Errors
+    /// The system's refusal to read that file.
+    pub fn is_published(&self, out: &Path) -> Result<bool> {
+        let Some(hash) = &self.state.assembled else { return Ok(false) };
+        let path = out.join("config.json");
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Fingerprint::hash(&bytes) == *hash),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(e) => Err(io_error(&path)(e)),
+        }
     }
 
-    /// Notes that the model folder is complete and gets its final name next.
+    /// Notes that the model folder, with this `config.json`, gets its final name next.
     ///
     /// # Errors
     /// The system's refusal.
-    pub fn set_assembled(&mut self) -> Result<()> {
-        self.state.assembled = true;
+    pub fn set_assembled(&mut self, config_json: &str) -> Result<()> {
+        self.state.assembled = Some(Fingerprint::hash(config_json.as_bytes()));
+        self.write_state()
+    }
+
+    /// Notes that the model folder did not get its final name.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    pub fn clear_assembled(&mut self) -> Result<()> {
+        self.state.assembled = None;
         self.write_state()
     }
 

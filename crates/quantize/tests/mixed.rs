@@ -5,7 +5,7 @@ mod common;
 use common::chain::{K, Memory, Source, fixture};
 use marlin_formats::{Format, Scheme};
 use marlin_quantize::{
-    After, GptqOptions, Hessian, Method, Mixture, Sensitivity, Settings, Target, allocate_formats, gptq, measure_model,
+    After, GptqOptions, Hessian, Method, Mixture, Sensitivity, Settings, allocate_formats, gptq, measure_model,
     quantize_model,
 };
 
@@ -85,8 +85,7 @@ fn measured_losses_are_those_of_gptq_and_are_not_measured_twice() {
     let options = GptqOptions::default();
     let candidates = candidates();
     let mut first = fixture();
-    let mixed = Target::Grouped(Scheme::with_default_group(Format::Int3));
-    let mixture = Mixture { assignments: &first.assignments, mixed, candidates: &candidates, options };
+    let mixture = Mixture { assignments: &first.assignments, candidates: &candidates, options };
     let mut store = Memory::default();
     let source = Source(first.weights.clone());
     let measured = measure_model(mixture, &source, &mut first.chain, &mut store, &|_| {}).unwrap();
@@ -115,7 +114,7 @@ fn measured_losses_are_those_of_gptq_and_are_not_measured_twice() {
     // Interrupted after each part, and complete.
     for done in 0..=2 {
         let mut again = fixture();
-        let mixture = Mixture { assignments: &first.assignments, mixed, candidates: &candidates, options };
+        let mixture = Mixture { assignments: &first.assignments, candidates: &candidates, options };
         let mut partial = Memory { parts: store.parts[..done].to_vec(), full_after: None };
         assert_eq!(measure_model(mixture, &source, &mut again.chain, &mut partial, &|_| {}).unwrap(), measured);
         assert_eq!(partial.parts, store.parts);

@@ -27,8 +27,8 @@ pub struct ConvertArgs {
     /// Folder to write; it must not exist
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// native: each module in the format that holds it exactly; f32, bf16 or f16: dequantize; or a weight format:
-    /// dequantize and round to nearest (embeddings, lm_head and routers stay in their exact form)
+    /// native: each module in the format that holds it exactly, EXL3 as stored; f32, bf16 or f16: dequantize; or a weight
+    /// format: dequantize and round to nearest (embeddings, lm_head and routers stay in their exact form, EXL3 becomes f16)
     #[arg(long, value_name = "F", value_parser = target)]
     to: Target,
     /// Weights along K that share a scale, with a weight format [default: the format's own]
@@ -74,15 +74,20 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         checkpoint: &checkpoint,
         config: &config,
         to: args.to,
+        as_stored: args.to == Target::Native && config.quantization.method() == Some("exl3"),
         scheme,
         writer: Writer::create(&args.output)?,
         schemes: BTreeMap::new(),
         plain: Vec::new(),
+        undeclared_biases: false,
         forms: BTreeMap::new(),
     };
     conversion.write_modules()?;
     conversion.write_vectors()?;
     config.check_no_extra_tensors(&checkpoint)?;
+    if conversion.as_stored {
+        conversion.copy_stored(&dir)?;
+    }
     for warning in checkpoint.take_warnings() {
         eprintln!("warning: {warning}");
     }
@@ -104,6 +109,8 @@ struct Conversion<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
     to: Target,
+    /// Every tensor is checked and copied: EXL3, whose tensors are native ones too.
+    as_stored: bool,
     /// Of `Target::Format`.
     scheme: Option<Scheme>,
     writer: Writer,
@@ -111,6 +118,8 @@ struct Conversion<'a> {
     schemes: BTreeMap<String, Scheme>,
     /// Modules written as `.weight`.
     plain: Vec<String>,
+    /// Whether any of these got a bias that config.json does not declare.
+    undeclared_biases: bool,
     forms: BTreeMap<&'static str, Form>,
 }
 
@@ -170,9 +179,18 @@ impl Conversion<'_> {
         form.modules += 1;
         form.weights += (n * k) as u64;
         form.bytes += Weight { bias: None, ..weight.clone() }.size_in_bytes() as u64;
+        if self.as_stored {
+            return Ok(());
+        }
         if let Some(bias) = weight.bias.as_ref().filter(|bias| declared || bias.iter().any(|&b| b != 0.0)) {
             if !declared && matches!(weight.data, WeightData::Dense(_)) {
-                bail!("{name}: has a bias that config.json does not declare; only --to native can keep it");
+                if let Target::Dense(_) = self.to {
+                    bail!(
+                        "{name}: has a bias that config.json does not declare, which a plain model folder cannot hold; \
+                         --to native keeps it"
+                    );
+                }
+                self.undeclared_biases = true;
             }
             self.writer.host_tensor(&format!("{name}.bias"), &HostTensor::from_f32(&[n], bias)?)?;
         }
@@ -181,15 +199,8 @@ impl Conversion<'_> {
                 self.schemes.insert(name.to_owned(), matrix.scheme);
                 self.writer.matrix(name, matrix)?;
             }
-            WeightData::Exl3(_) => {
-                bail!(
-                    "{name}: is EXL3, which a native folder does not hold: use {} itself, or --to bf16, int4, ...",
-                    self.checkpoint.path().display()
-                )
-            }
-            WeightData::Grid(_) => {
-                bail!("{name}: has grid codes, which a native folder does not hold: use --to bf16, int4, ...")
-            }
+            WeightData::Exl3(_) => bail!("{name}: is EXL3, which a folder of other formats cannot hold"),
+            WeightData::Grid(_) => bail!("{name}: has grid codes, which a native folder cannot hold"),
             WeightData::Dense(values) => {
                 self.plain.push(name.to_owned());
                 self.writer.host_tensor(&format!("{name}.weight"), values)?;
@@ -211,25 +222,38 @@ impl Conversion<'_> {
                     WeightData::Quantized(matrix.with_context(|| name.to_owned())?)
                 }
             },
+            // What its own runtime computes with.
+            (Target::Format(_), _, WeightData::Exl3(_)) => dense(name, &weight, DType::F16)?,
             (Target::Format(_), ..) => return Ok(weight),
             (Target::Dense(dtype), _, WeightData::Dense(values)) if values.dtype() == dtype => return Ok(weight),
-            (Target::Dense(dtype), ..) => {
-                let values = weight.to_f32()?;
-                let rounded = HostTensor::from_f32_as(dtype, &dims, &values)?;
-                if let Some(at) = rounded.to_f32()?.iter().position(|v| !v.is_finite()) {
-                    bail!("{name}: {} at [{}, {}] is beyond {}", values[at], at / dims[1], at % dims[1], dtype.name());
-                }
-                WeightData::Dense(rounded)
-            }
+            (Target::Dense(dtype), ..) => dense(name, &weight, dtype)?,
         };
         Ok(Weight { data, bias: weight.bias })
+    }
+
+    /// Copies every tensor that the model reads, and what lies beside EXL3 weights.
+    fn copy_stored(&mut self, dir: &Path) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let unused: HashSet<&str> = checkpoint.unused().map(|(name, _)| name).collect();
+        for name in checkpoint.names().filter(|name| !unused.contains(name)) {
+            self.writer.host_tensor(name, &checkpoint.tensor(name)?)?;
+            checkpoint.release(name)?;
+        }
+        let beside = dir.join("quantization_config.json");
+        if beside.exists() {
+            let contents = std::fs::read(&beside).with_context(|| beside.display().to_string())?;
+            self.writer.file("quantization_config.json", &contents)?;
+        }
+        Ok(())
     }
 
     /// Norms and correction biases, as stored.
     fn write_vectors(&mut self) -> Result<()> {
         for vector in self.config.vector_tensors() {
             let values = self.checkpoint.dense(&vector.name, &[vector.len])?;
-            self.writer.host_tensor(&vector.name, &values)?;
+            if !self.as_stored {
+                self.writer.host_tensor(&vector.name, &values)?;
+            }
         }
         Ok(())
     }
@@ -239,8 +263,10 @@ impl Conversion<'_> {
         let Value::Object(fields) = &mut config else {
             bail!("{}: config.json is not an object", dir.display());
         };
-        for name in ["quantization_config", "quantization"] {
-            fields.remove(name);
+        if !self.as_stored {
+            for name in ["quantization_config", "quantization"] {
+                fields.remove(name);
+            }
         }
         if let Target::Dense(dtype) = self.to {
             let name = match dtype {
@@ -251,7 +277,9 @@ impl Conversion<'_> {
             let field = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
             fields.insert(field.to_owned(), name.into());
         }
-        if let Some(default) = most_frequent(self.schemes.values()) {
+        // A folder that says it is native may hold such biases; its default need not name a module.
+        let unused = self.undeclared_biases.then(|| Scheme::with_default_group(Format::Int4S4));
+        if let Some(default) = most_frequent(self.schemes.values()).or(unused) {
             let others = self.schemes.iter().filter(|(_, scheme)| **scheme != default);
             let others = others.map(|(name, scheme)| (name.clone(), *scheme)).collect();
             let quantization = QuantizationConfig::new(default, others, &self.plain)?;
@@ -260,6 +288,17 @@ impl Conversion<'_> {
         self.writer.copy_assets(dir)?;
         Ok(self.writer.finish(&config)?)
     }
+}
+
+/// A weight rounded to a float dtype.
+fn dense(name: &str, weight: &Weight, dtype: DType) -> Result<WeightData> {
+    let dims = [weight.out_features(), weight.in_features()];
+    let values = weight.to_f32()?;
+    let rounded = HostTensor::from_f32_as(dtype, &dims, &values)?;
+    if let Some(at) = rounded.to_f32()?.iter().position(|v| !v.is_finite()) {
+        bail!("{name}: {} at [{}, {}] is beyond {}", values[at], at / dims[1], at % dims[1], dtype.name());
+    }
+    Ok(WeightData::Dense(rounded))
 }
 
 /// The scheme that most modules have; of equals the one whose name comes first.

@@ -142,13 +142,14 @@ fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) 
     let holder = [Some(&module.name), stacked.as_ref()].into_iter().flatten().find(|name| native(name));
     if let Some(holder) = holder {
         let scheme = config.quantization.scheme(holder, module.out_features, module.in_features)?;
-        let parts = ["q", "s", "z", "gs"].map(|part| tensor_bytes(checkpoint, &format!("{holder}.mm.{part}")));
+        let tensors =
+            checkpoint.module_tensors(&format!("{holder}.mm")).map(|(_, info)| info.bytes as u64).sum::<u64>();
         let experts = match checkpoint.get(&format!("{holder}.mm.q")) {
             Some(info) if *holder != module.name => info.shape.first().map_or(1, |&experts| experts.max(1) as u64),
             _ => 1,
         };
         let format = format!("{} group {}", scheme.format.name(), scheme.group_size);
-        return Ok(Stored { format, bytes: parts.iter().sum::<u64>() / experts, quantized: true });
+        return Ok(Stored { format, bytes: tensors / experts, quantized: true });
     }
     if let Some(imported) = imported(config, checkpoint, module) {
         return Ok(imported);
@@ -167,6 +168,9 @@ fn stored(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) 
 /// A module in another project's form: its own tensors, or its share of a stack of experts.
 fn imported(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule) -> Option<Stored> {
     let method = config.quantization.method()?;
+    if let Some(stored) = block_experts(checkpoint, module).filter(|_| method == "mxfp4") {
+        return Some(stored);
+    }
     let stack = module.name.split_once(".experts.").and_then(|(mlp, rest)| {
         let (_, projection) = rest.split_once('.')?;
         Some(format!("{mlp}.switch_mlp.{projection}"))
@@ -193,10 +197,18 @@ fn imported(config: &ModelConfig, checkpoint: &Checkpoint, module: &LinearModule
     Some(Stored { format: format!("{method} {bits}-bit"), bytes: sizes().sum::<u64>() / experts, quantized: true })
 }
 
-/// Stored size of a tensor, 0 if there is none.
-fn tensor_bytes(checkpoint: &Checkpoint, name: &str) -> u64 {
-    let size = |shape: &[usize], bytes: usize| shape.iter().product::<usize>() as u64 * bytes as u64;
-    checkpoint.get(name).map_or(0, |info| size(info.shape, info.dtype.size_in_bytes()))
+/// A routed expert in the stacks of MXFP4 blocks, which hold gate and up together.
+fn block_experts(checkpoint: &Checkpoint, module: &LinearModule) -> Option<Stored> {
+    let (mlp, rest) = module.name.split_once(".experts.")?;
+    let (tensor, projections) = match rest.split_once('.')?.1 {
+        "down_proj" => ("down_proj", 1),
+        _ => ("gate_up_proj", 2),
+    };
+    let part = |suffix: &str| checkpoint.get(&format!("{mlp}.experts.{tensor}_{suffix}"));
+    let (blocks, scales) = (part("blocks")?, part("scales")?);
+    let share = projections * blocks.shape.first().map_or(1, |&experts| experts.max(1) as u64);
+    let bytes = (blocks.bytes + scales.bytes) as u64 / share;
+    Some(Stored { format: "mxfp4 4-bit".to_owned(), bytes, quantized: true })
 }
 
 /// Cached values per token and layer.
@@ -276,7 +288,8 @@ fn print_text(inspection: &Inspection) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use marlin_models::{SynthOptions, Writer, synth};
+    use marlin_models::{QuantizationConfig, SynthOptions, Writer, synth};
+    use marlin_ops::WeightData;
 
     use super::*;
 
@@ -297,6 +310,90 @@ mod tests {
             assert!((found.bits_per_weight - bits).abs() < 1e-9, "{name} {}", found.bits_per_weight);
             assert_eq!(inspection.quantized_bits_per_weight, Some(found.bits_per_weight), "{name}");
         }
+    }
+
+    /// The blocks of a GGUF file, written natively: as many bytes as their formats say, both levels of scales among them.
+    #[test]
+    fn every_native_tensor_is_counted() {
+        let root = tempfile::tempdir().unwrap();
+        let output = root.path().join("out");
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden_gguf/blocks.gguf");
+        let (config, checkpoint) = (ModelConfig::from_dir(&file).unwrap(), Checkpoint::open(&file).unwrap());
+        let mut writer = Writer::create(&output).unwrap();
+        let mut schemes = BTreeMap::new();
+        let mut plain = Vec::new();
+        let mut bits: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        for module in config.linear_modules() {
+            let (n, k) = (module.out_features, module.in_features);
+            match checkpoint.weight(&config.quantization, &module.name, n, k, false).unwrap().data {
+                WeightData::Quantized(matrix) => {
+                    let scheme = matrix.scheme;
+                    let sums = bits.entry(format!("{} group {}", scheme.format.name(), scheme.group_size)).or_default();
+                    sums.0 += scheme.bits_per_weight(k, n) * (n * k) as f64;
+                    sums.1 += (n * k) as f64;
+                    writer.matrix(&module.name, &matrix).unwrap();
+                    schemes.insert(module.name, scheme);
+                }
+                WeightData::Dense(values) => {
+                    writer.host_tensor(&format!("{}.weight", module.name), &values).unwrap();
+                    plain.push(module.name);
+                }
+                WeightData::Exl3(_) | WeightData::Grid(_) => panic!("{} is in tiles", module.name),
+            }
+        }
+        for vector in config.vector_tensors() {
+            writer.host_tensor(&vector.name, &checkpoint.dense(&vector.name, &[vector.len]).unwrap()).unwrap();
+        }
+        let default = *schemes.values().next().unwrap();
+        let mut json = ModelConfig::json(&file).unwrap().1;
+        json["quantization_config"] = QuantizationConfig::new(default, schemes, &plain).unwrap().to_json();
+        writer.finish(&json).unwrap();
+        let (config, checkpoint) = (ModelConfig::from_dir(&output).unwrap(), Checkpoint::open(&output).unwrap());
+        let inspection = inspect("model", &config, &checkpoint).unwrap();
+        for name in ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"] {
+            assert!(bits.keys().any(|format| format.starts_with(name)), "{name}: {bits:?}");
+        }
+        for (format, (bits, weights)) in bits {
+            let found = inspection.formats[&format].bits_per_weight;
+            assert!((found - bits / weights).abs() < 1e-9, "{format}: {found}, expected {}", bits / weights);
+        }
+    }
+
+    /// Experts stacked as gpt-oss stores them, gate and up in one tensor.
+    #[test]
+    fn stacks_of_blocks_are_counted() {
+        let root = tempfile::tempdir().unwrap();
+        let (input, output) = (root.path().join("in"), root.path().join("out"));
+        synth("tiny-qwen3-moe", &SynthOptions::default(), &input, |_, _| {}).unwrap();
+        let (config, checkpoint) = (ModelConfig::from_dir(&input).unwrap(), Checkpoint::open(&input).unwrap());
+        let mut writer = Writer::create(&output).unwrap();
+        for name in checkpoint.names().filter(|name| !name.contains(".experts.")) {
+            writer.host_tensor(name, &checkpoint.tensor(name).unwrap()).unwrap();
+        }
+        let mut modules = 0;
+        for (i, layer) in config.layers.iter().enumerate() {
+            let MlpConfig::Moe { experts, intermediate, .. } = layer.mlp else { continue };
+            modules += 3 * experts;
+            let hidden = config.hidden_size;
+            for (name, n, k) in [("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)] {
+                let name = format!("model.layers.{i}.mlp.experts.{name}");
+                let mut tensor = |suffix: &str, dtype: DType, dims: &[usize]| {
+                    let bytes = vec![0; dims.iter().product::<usize>() * dtype.size_in_bytes()];
+                    writer.tensor(&format!("{name}_{suffix}"), dtype, dims, &bytes).unwrap();
+                };
+                tensor("blocks", DType::U8, &[experts, n, k / 32, 16]);
+                tensor("scales", DType::U8, &[experts, n, k / 32]);
+                tensor("bias", DType::BF16, &[experts, n]);
+            }
+        }
+        let mut json = ModelConfig::json(&input).unwrap().1;
+        json["quantization_config"] = serde_json::json!({"quant_method": "mxfp4"});
+        writer.finish(&json).unwrap();
+        let (config, checkpoint) = (ModelConfig::from_dir(&output).unwrap(), Checkpoint::open(&output).unwrap());
+        let inspection = inspect("model", &config, &checkpoint).unwrap();
+        let found = &inspection.formats["mxfp4 4-bit"];
+        assert_eq!((found.modules, found.bits_per_weight), (modules, 4.25));
+        assert_eq!(inspection.quantized_bits_per_weight, Some(4.25));
     }
 
     /// Experts stored one by one, and the same stacked along a leading axis.

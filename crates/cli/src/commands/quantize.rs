@@ -61,12 +61,12 @@ pub struct QuantizeArgs {
     /// UTF-8 text to calibrate on
     #[arg(long, value_name = "TEXT")]
     calibration: Option<PathBuf>,
-    /// Tokens of the calibration text to use
-    #[arg(long, value_name = "N", default_value_t = 32768, value_parser = crate::args::at_least_one)]
-    calibration_tokens: usize,
-    /// Tokens of one calibration sequence
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = crate::args::at_least_one)]
-    context: usize,
+    /// Tokens of the calibration text to use [default: 32768]
+    #[arg(long, value_name = "N", requires = "calibration", value_parser = crate::args::at_least_one)]
+    calibration_tokens: Option<usize>,
+    /// Tokens of one calibration sequence [default: 512]
+    #[arg(long, value_name = "N", requires = "calibration", value_parser = crate::args::at_least_one)]
+    context: Option<usize>,
     /// Eliminate along K instead of by descending activation size
     #[arg(long, requires = "calibration")]
     no_act_order: bool,
@@ -213,6 +213,9 @@ impl QuantizeArgs {
                 (below.copied(), Some((members, bits)))
             }
         };
+        if self.verbose && mixture.is_none() {
+            bail!("--verbose shows the formats of a mixture: it needs a fraction of --bits, such as 3.5");
+        }
         match (choice, format) {
             (Choice::Format(_) | Choice::Mixed { .. }, Some(format)) => {
                 if let Some(option) = given(&exl3_only) {
@@ -307,8 +310,8 @@ impl QuantizeArgs {
             return Ok(Vec::new());
         };
         let tokenizer = Tokenizer::from_dir(&self.input)?;
-        let context = self.context.min(input.config.max_position_embeddings);
-        read_sequences(text, &tokenizer, self.calibration_tokens, context)
+        let context = self.context.unwrap_or(512).min(input.config.max_position_embeddings);
+        read_sequences(text, &tokenizer, self.calibration_tokens.unwrap_or(32768), context)
     }
 
     /// Everything the written folder depends on.
@@ -328,8 +331,8 @@ impl QuantizeArgs {
         let bases = if input.checkpoint.is_rotated() { "rotated " } else { "" };
         add("method", format!("{bases}{method:?}"));
         add("formats by module", {
-            let targets: String = assignments.iter().map(|a| format!("{} {:?}\n", a.module.name, a.target)).collect();
-            Fingerprint::hash(targets.as_bytes())
+            let line = |a: &Assignment| format!("{} {:?} {}\n", a.module.name, a.target, a.by_default);
+            Fingerprint::hash(assignments.iter().map(line).collect::<String>().as_bytes())
         });
         let mut option = |name: &str, value: Option<String>| value.map(|value| job.add(name, value));
         option("--format", Some(self.format.to_string()));
@@ -372,7 +375,7 @@ impl QuantizeArgs {
         })?;
         match complete {
             false => Ok(Some(staging)),
-            true if staging.is_published() => {
+            true if staging.is_published(&self.output)? => {
                 staging.remove()?;
                 Ok(None)
             }

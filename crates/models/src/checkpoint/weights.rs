@@ -11,6 +11,10 @@ use crate::error::{ModelError, Result};
 /// Float dtypes of plain weights.
 const FLOAT: &str = "F32, F16 or BF16";
 
+/// The tensors `{module}.mm.*` of a native matrix: codes, scales, zero points or offsets, multipliers of two-level scales
+/// and minima, tensor scale.
+pub(crate) const NATIVE_TENSORS: [&str; 6] = ["q", "s", "z", "ss", "sz", "gs"];
+
 /// The dtype in which the native container stores the scales, zero points and offsets of groups.
 pub(crate) fn group_dtype(kind: ScaleKind) -> DType {
     match kind {
@@ -264,7 +268,7 @@ impl Checkpoint {
 
     /// Drops the pages of a module's native tensors, of one slice where they are stacked.
     fn release_native(&self, module: &str, part: Part) -> Result<()> {
-        for suffix in ["q", "s", "z", "ss", "sz", "gs"] {
+        for suffix in NATIVE_TENSORS {
             let Some(entry) = self.tensors.get(&format!("{module}.mm.{suffix}")) else {
                 continue;
             };

@@ -299,7 +299,9 @@ impl Reader<'_> {
     }
 
     fn deepseek_experts(&self, model_type: &str, config: &mut Map<String, Value>) -> Result<()> {
-        let normalised = self.metadata.boolean(&self.key("expert_weights_norm"))?.unwrap_or(false);
+        // Older files of GLM-4.7-Flash leave the key out.
+        let normalised =
+            self.metadata.boolean(&self.key("expert_weights_norm"))?.unwrap_or(model_type == "glm4_moe_lite");
         let softmax = model_type == "deepseek_v2";
         if softmax && normalised {
             return self

@@ -2,7 +2,7 @@
 
 use half::f16;
 use marlin_formats::pack::Layout;
-use marlin_formats::{DType, Format, QuantizedMatrix, Scheme, fp8};
+use marlin_formats::{DType, Format, QuantizedMatrix, Scheme, fp8, store_f32};
 use marlin_ops::{HostTensor, OpError, Weight};
 
 use super::codes::{pack_native, transpose_bytes, unpack_native};
@@ -258,7 +258,9 @@ pub(super) fn is_f16(value: f32) -> bool {
 
 /// f32 values as pairs of halves, the low one first.
 pub(super) fn halves(values: &[f32]) -> Vec<u16> {
-    values.iter().flat_map(|v| [v.to_bits() as u16, (v.to_bits() >> 16) as u16]).collect()
+    let mut words = vec![0; 2 * values.len()];
+    values.iter().enumerate().for_each(|(i, &v)| store_f32(&mut words, i, v));
+    words
 }
 
 /// Zeroes the bytes of rows `k..` of the last words.

@@ -1,6 +1,6 @@
 //! Values of every block type, row orders, and where files are found.
 
-use marlin_models::{Checkpoint, GenerationConfig, ModelConfig, QuantizationConfig, Tokenizer};
+use marlin_models::{Checkpoint, GenerationConfig, MlpConfig, ModelConfig, QuantizationConfig, Tokenizer};
 use marlin_ops::Weight;
 use safetensors::SafeTensors;
 
@@ -132,6 +132,40 @@ fn sampling_keys_are_read() {
     let path = spec.write(dir.path(), "model.gguf");
     let config = GenerationConfig::from_dir(&path).unwrap();
     assert_eq!((config.temperature, config.top_k, config.top_p), (Some(0.6), Some(20), None));
+}
+
+/// Files of GLM-4.7-Flash without the keys of its routing: sigmoid, normalised weights of the chosen experts. They are told
+/// by their vocabulary and blocks.
+#[test]
+fn old_files_of_glm_route_as_the_model_does() {
+    let spec = |vocabulary: u64, blocks: u32| {
+        let key = |name: &str| format!("deepseek2.{name}");
+        let lengths =
+            [("context_length", 64), ("embedding_length", 2), ("feed_forward_length", 8), ("expert_count", 4)];
+        let heads = [("attention.head_count", 2), ("attention.head_count_kv", 1), ("attention.kv_lora_rank", 4)];
+        let keys = [("attention.key_length", 8), ("attention.value_length", 4), ("rope.dimension_count", 4)];
+        let experts = [("expert_used_count", 2), ("expert_feed_forward_length", 4), ("leading_dense_block_count", 1)];
+        let spec = GgufSpec::default()
+            .text("general.architecture", "deepseek2")
+            .f32("deepseek2.attention.layer_norm_rms_epsilon", 1e-5)
+            .u32("deepseek2.block_count", blocks)
+            .floats("token_embd.weight", &[2, vocabulary]);
+        let all = lengths.into_iter().chain(heads).chain(keys).chain(experts);
+        all.fold(spec, |spec, (name, value)| spec.u32(&key(name), value))
+    };
+    let routing = |spec: &GgufSpec| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = ModelConfig::from_dir(&spec.write(dir.path(), "model.gguf")).unwrap();
+        let MlpConfig::Moe { routing, .. } = config.layers.last().unwrap().mlp else { panic!("no experts") };
+        (config.architecture.model_type(), routing.norm_topk_prob)
+    };
+    for blocks in [47, 48] {
+        assert_eq!(routing(&spec(154_880, blocks)), ("glm4_moe_lite", true));
+    }
+    let told = spec(154_880, 47).key("deepseek2.expert_weights_norm", 7, &[0]);
+    assert_eq!(routing(&told), ("glm4_moe_lite", false));
+    assert_eq!(routing(&spec(154_880, 46)), ("deepseek_v2", false));
+    assert_eq!(routing(&spec(1000, 47).u32("deepseek2.expert_gating_func", 2)), ("deepseek_v3", false));
 }
 
 /// A model in two files: the first holds the metadata.

@@ -8,7 +8,7 @@ use super::{Calibration, Event, ModelSource, PartStore, SourceError};
 use crate::awq::quadratic_error;
 use crate::mixed::Sensitivity;
 use crate::part::Part;
-use crate::plan::{Assignment, Module, Role, Target};
+use crate::plan::{Assignment, Module, Role};
 use crate::rtn::rtn;
 use crate::{GptqOptions, InverseFactor, QuantizeError, Result};
 
@@ -37,10 +37,8 @@ impl PartStore for After<'_> {
 /// What is to be measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Mixture<'a> {
-    /// All modules.
+    /// All modules. Those that have their target by default are measured.
     pub assignments: &'a [Assignment],
-    /// The target of those that are to be measured.
-    pub mixed: Target,
     /// Formats to measure them in.
     pub candidates: &'a [Scheme],
     /// How they are quantized.
@@ -68,12 +66,12 @@ pub fn measure_model(
     store: &mut dyn PartStore,
     progress: &(dyn Fn(Event<'_>) + Sync),
 ) -> Result<Measured> {
-    let Mixture { assignments, mixed, candidates, options } = mixture;
+    let Mixture { assignments, candidates, options } = mixture;
     options.validate()?;
     let layers = calibration.num_layers();
     let of_layer = |layer: usize| -> Vec<Task<'_>> {
         let linear = assignments.iter().filter(|a| a.module.role == Role::Linear && a.module.layer == Some(layer));
-        linear.filter(|a| a.target == Some(mixed)).map(|a| (&a.module, mixed)).collect()
+        linear.filter(|a| a.by_default).filter_map(|a| Some((&a.module, a.target?))).collect()
     };
     let parts = (0..layers).filter(|&layer| !of_layer(layer).is_empty()).count();
     let last = (0..parts).rev().find(|&index| !store.contains(index));

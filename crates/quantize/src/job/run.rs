@@ -23,7 +23,8 @@ pub(super) type Task<'a> = (&'a Module, Target);
 /// run. Modules of a part are quantized in parallel; no result depends on the number of threads.
 ///
 /// # Errors
-/// [`QuantizeError::NoCalibrationRows`] for other methods without calibration;
+/// [`QuantizeError::NoCalibrationRows`] for other methods without calibration; for AWQ, a target of
+/// a module in a fold that is no linear layer of the decoder, such as a router;
 /// [`QuantizeError::Module`] around whatever a quantizer refuses; [`QuantizeError::StoredPart`] for
 /// a stored part that is not one of this job; [`QuantizeError::Source`] for source, store and
 /// calibration.
@@ -50,6 +51,7 @@ pub fn quantize_model(
         }
         Method::Awq(options) => {
             options.validate()?;
+            check_folds(settings.folds, &tasks)?;
             job.calibrated(&tasks, calibration.ok_or(QuantizeError::NoCalibrationRows)?)?;
         }
         Method::Exl3(options) => {
@@ -59,6 +61,17 @@ pub fn quantize_model(
     }
     job.summary.parts = job.next;
     Ok(job.summary)
+}
+
+/// Refuses targets of modules that folds scale but that are not quantized with their layer.
+fn check_folds(folds: &[Fold], tasks: &[Task<'_>]) -> Result<()> {
+    for &(module, target) in tasks.iter().filter(|(module, _)| module.role != Role::Linear) {
+        if folds.iter().flat_map(|fold| &fold.readers).any(|reader| reader.name == module.name) {
+            let rule = "left out with AWQ, which scales the inputs of this module and quantizes linear layers only";
+            return Err(of(module, mixed(target, rule)));
+        }
+    }
+    Ok(())
 }
 
 /// A job under way.

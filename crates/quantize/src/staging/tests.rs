@@ -103,19 +103,37 @@ fn parts_come_back_as_they_were() {
     assert!(staging.has_parts() && staging.contains(1) && !staging.contains(2));
     assert_eq!(staging.load(0).unwrap(), part());
     assert_eq!(staging.load(1).unwrap(), Part::default());
-    assert!(!staging.is_published());
+    let out = root.path().join("out");
+    assert!(!staging.is_published(&out).unwrap());
     // Killed before and after the model folder was renamed.
     for renamed in [false, true] {
         fs::create_dir(staging.model_dir()).unwrap();
-        staging.set_assembled().unwrap();
+        fs::write(staging.model_dir().join("config.json"), "{}").unwrap();
+        staging.set_assembled("{}").unwrap();
         if renamed {
-            fs::rename(staging.model_dir(), root.path().join("out")).unwrap();
+            fs::rename(staging.model_dir(), &out).unwrap();
         }
-        drop(staging);
-        staging = Staging::open(&dir, &job("int3")).unwrap();
-        assert_eq!(staging.is_published(), renamed);
-        assert!(!staging.model_dir().exists());
+        for _ in 0..2 {
+            drop(staging);
+            staging = Staging::open(&dir, &job("int3")).unwrap();
+            assert!(!staging.model_dir().exists());
+            // Without the rename, a folder that came there otherwise is another.
+            fs::create_dir_all(&out).unwrap();
+            fs::write(out.join("config.json"), "{}").unwrap();
+            assert_eq!(staging.is_published(&out).unwrap(), renamed);
+            if !renamed {
+                fs::remove_dir_all(&out).unwrap();
+            }
+        }
     }
+    for other in ["", "{\"a\": 1}"] {
+        fs::write(out.join("config.json"), other).unwrap();
+        assert!(!staging.is_published(&out).unwrap());
+    }
+    fs::remove_dir_all(&out).unwrap();
+    assert!(!staging.is_published(&out).unwrap());
+    fs::write(&out, "a file").unwrap();
+    assert!(!staging.is_published(&out).unwrap());
     staging.remove().unwrap();
     assert!(!dir.exists());
 }

@@ -117,3 +117,73 @@ fn formats_are_rounded_to_and_refusals_leave_nothing() {
     let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
 }
+
+/// EXL3 tensors are copied; other formats get a head in the precision of EXL3's own runtime.
+#[test]
+fn exl3_is_kept_or_decoded() {
+    let root = tempfile::tempdir().unwrap();
+    let input = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden_exl3/tiny_llama");
+    let source = weights(&input);
+    let (native, int4) = (root.path().join("native"), root.path().join("int4"));
+    convert(&input, &native, "native").unwrap();
+    assert_eq!(weights(&native), source);
+    let (before, after) = (Checkpoint::open(&input).unwrap(), Checkpoint::open(&native).unwrap());
+    assert!(before.names().eq(after.names()));
+    for name in before.names() {
+        let (before, after) = (before.tensor(name).unwrap(), after.tensor(name).unwrap());
+        assert_eq!(
+            (before.dtype(), before.dims(), before.bytes()),
+            (after.dtype(), after.dims(), after.bytes()),
+            "{name}"
+        );
+    }
+    let read = |dir: &Path, name: &str| std::fs::read(dir.join(name)).unwrap();
+    assert_eq!(read(&native, "quantization_config.json"), read(&input, "quantization_config.json"));
+    assert_eq!(read(&native, "tokenizer.json"), read(&input, "tokenizer.json"));
+    assert_eq!(ModelConfig::json(&native).unwrap().1, ModelConfig::json(&input).unwrap().1);
+
+    convert(&input, &int4, "int4").unwrap();
+    assert_eq!(ModelConfig::from_dir(&int4).unwrap().quantization.method(), None);
+    assert!(!int4.join("quantization_config.json").exists());
+    for (module, (form, values)) in weights(&int4) {
+        let (before, exact) = &source[&module];
+        match module.as_str() {
+            "model.embed_tokens" => assert_eq!((form, &values), (*before, exact)),
+            "lm_head" => {
+                let rounded = HostTensor::from_f32_as(DType::F16, &[exact.len()], exact).unwrap();
+                assert_eq!((*before, form, values), ("exl3", "F16", rounded.to_f32().unwrap()));
+            }
+            _ => assert_eq!((*before, form), ("exl3", "int4_s4"), "{module}"),
+        }
+    }
+}
+
+/// AutoGPTQ gives every module a bias; those in activation order become dense.
+#[test]
+fn biases_that_no_config_declares_are_kept() {
+    let root = tempfile::tempdir().unwrap();
+    let (input, output) = (root.path().join("in"), root.path().join("out"));
+    let source = models().join("gptq_act_order");
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let mut writer = Writer::create(&input).unwrap();
+    for name in checkpoint.names() {
+        writer.host_tensor(name, &checkpoint.tensor(name).unwrap()).unwrap();
+    }
+    let module = "model.layers.1.mlp.down_proj";
+    let bias: Vec<f32> = (0..64).map(|n| n as f32 / 64.0).collect();
+    writer.host_tensor(&format!("{module}.bias"), &HostTensor::from_f32(&[64], &bias).unwrap()).unwrap();
+    writer.finish(&ModelConfig::json(&source).unwrap().1).unwrap();
+
+    convert(&input, &output, "native").unwrap();
+    assert_eq!(weights(&output), weights(&source));
+    let (config, checkpoint) = (ModelConfig::from_dir(&output).unwrap(), Checkpoint::open(&output).unwrap());
+    let weight = checkpoint.weight(&config.quantization, module, 64, 96, false).unwrap();
+    assert_eq!((weight.format_name(), weight.bias), ("F16", Some(bias)));
+    let again = root.path().join("again");
+    convert(&output, &again, "native").unwrap();
+    for file in ["model.safetensors", "config.json"] {
+        assert_eq!(std::fs::read(again.join(file)).unwrap(), std::fs::read(output.join(file)).unwrap());
+    }
+    let message = convert(&input, &root.path().join("dense"), "f16").unwrap_err().to_string();
+    assert!(message.contains(module) && message.contains("--to native keeps it"), "{message}");
+}

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use marlin_models::{AttentionConfig, MlpConfig, ModelConfig};
-use marlin_quantize::{Assignment, Fold, Module, Previous};
+use marlin_quantize::{Assignment, Fold, Module, Previous, Role};
 
-/// The folds of a model, those without a quantized reader left out:
+/// The folds of a model, those without a quantized linear layer among their readers left out:
 /// - a layer's norms into everything that reads them, the router and all experts among it;
 /// - `up_proj` into `down_proj`, through the product with the gate;
 /// - `v_proj` into `o_proj`, where every query head has its own values;
@@ -85,7 +85,8 @@ impl List<'_> {
     fn push(&mut self, previous: Previous, readers: &[String]) {
         let found: Option<Vec<Module>> = readers.iter().map(|reader| self.module(reader)).collect();
         let Some(readers) = found else { return };
-        if readers.iter().any(|reader| self.modules[reader.name.as_str()].target.is_some()) {
+        let is_quantized = |reader: &Module| self.modules[reader.name.as_str()].target.is_some();
+        if readers.iter().any(|reader| reader.role == Role::Linear && is_quantized(reader)) {
             self.folds.push(Fold { layer: self.layer, previous, readers });
         }
     }

@@ -68,8 +68,8 @@ impl Job<'_> {
 
     fn make(&mut self, staging: &mut Staging) -> Result<(Summary, WriteSummary, Option<Mixed>)> {
         let (measured, mixture) = match self.recipe {
-            Recipe::Mixed { plan, candidates, bits } => {
-                let (parts, mixture) = self.mix(plan.default, candidates, *bits, staging)?;
+            Recipe::Mixed { candidates, bits, .. } => {
+                let (parts, mixture) = self.mix(candidates, *bits, staging)?;
                 (parts, Some(mixture))
             }
             _ => (0, None),
@@ -80,20 +80,13 @@ impl Job<'_> {
     }
 
     /// Measures what each block loses in each candidate, and gives it one. Returns the number of parts this took.
-    fn mix(
-        &mut self,
-        default: Scheme,
-        candidates: &[Scheme],
-        bits: f64,
-        staging: &mut Staging,
-    ) -> Result<(usize, Mixed)> {
+    fn mix(&mut self, candidates: &[Scheme], bits: f64, staging: &mut Staging) -> Result<(usize, Mixed)> {
         let Some(mut calibration) = (self.calibrate)()? else { bail!("a mixture needs calibration text") };
-        let mixed = Target::Grouped(default);
         let options = match self.method {
             Method::Gptq(options) => options,
             _ => GptqOptions::default(),
         };
-        let mixture = Mixture { assignments: &self.assignments, mixed, candidates, options };
+        let mixture = Mixture { assignments: &self.assignments, candidates, options };
         let progress = Progress::new(&self.assignments, "measuring, ");
         let measured =
             measure_model(mixture, &Source(self.input), &mut *calibration, staging, &|event| progress.show(event));
@@ -102,7 +95,7 @@ impl Job<'_> {
         let chosen = allocate_formats(&blocks, candidates, bits)?;
         let schemes: HashMap<&str, Scheme> =
             blocks.iter().zip(&chosen).map(|(block, &c)| (block.block.as_str(), candidates[c])).collect();
-        for assignment in self.assignments.iter_mut().filter(|a| a.target == Some(mixed)) {
+        for assignment in self.assignments.iter_mut().filter(|a| a.by_default) {
             if let Some(&scheme) = schemes.get(Sensitivity::block_of(&assignment.module.name)) {
                 assignment.target = Some(Target::Grouped(scheme));
             }

@@ -69,7 +69,7 @@ impl Output {
             self.tensor(name, &tensor)?;
             input.checkpoint.release(name)?;
         }
-        for Assignment { module, target } in assignments {
+        for Assignment { module, target, .. } in assignments {
             let name = format!("{}.weight", module.name);
             if target.is_none() && input.slices.contains_key(&module.name) && !changed.contains(&name) {
                 let tensor = input.plain_weight(module)?;
@@ -129,8 +129,14 @@ impl Output {
         if let Some(beside) = beside {
             self.writer.file("quantization_config.json", format!("{beside:#}\n").as_bytes())?;
         }
-        staging.set_assembled()?;
-        Ok(self.writer.finish(&config)?)
+        staging.set_assembled(&Writer::config_text(&config))?;
+        match self.writer.finish(&config) {
+            Ok(summary) => Ok(summary),
+            Err(error) => {
+                staging.clear_assembled()?;
+                Err(error.into())
+            }
+        }
     }
 }
 

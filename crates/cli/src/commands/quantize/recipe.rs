@@ -87,7 +87,8 @@ impl Exl3Recipe {
             };
             Some(Target::Exl3 { codebook: self.codebook, bits: bits? })
         };
-        Ok(modules.iter().map(|module| Assignment { module: module.clone(), target: target(module) }).collect())
+        let assign = |module: &Module| Assignment { module: module.clone(), target: target(module), by_default: false };
+        Ok(modules.iter().map(assign).collect())
     }
 
     /// Bits of each group of projections.
@@ -136,7 +137,7 @@ impl Exl3Recipe {
             entry["stored_tensors"][name] =
                 json!({"shape": dims, "n_bytes": bytes, "dtype": format!("torch.{}", torch_name(*dtype))});
         }
-        for Assignment { module, target } in assignments {
+        for Assignment { module, target, .. } in assignments {
             let (Some(Target::Exl3 { codebook, bits }), Some(entry)) = (target, modules.get_mut(&module.name)) else {
                 continue;
             };

@@ -249,6 +249,10 @@ fn wrong_options_are_refused_before_anything_is_written() {
     folder.refuses("--format int4 --ignore *.nope", &["*.nope"]);
     folder.refuses("--format int4 --override *.q_proj=int5", &["int5", "nvfp4"]);
     folder.refuses("--format int4 --device cuda", &["device"]);
+    folder.refuses("--format int4 --calibration-tokens 100", &["--calibration"]);
+    folder.refuses("--format int4 --context 64", &["--calibration"]);
+    folder.refuses("--format int4 --verbose", &["--verbose", "mixture"]);
+    folder.refuses("--format exl3 --bits 3.5 --calibration TEXT --verbose", &["--verbose", "mixture"]);
     folder.refuses("--format int --bits 3.5", &["mixture", "--calibration"]);
     folder.refuses("--format int --bits 1.5 --calibration TEXT", &["2, 3, 4, 8", "fraction"]);
     folder.refuses("--format int4 --method awq", &["--calibration"]);
@@ -377,9 +381,19 @@ fn an_interrupted_job_goes_on_with_the_same_arguments_only() {
     // Killed after the folder got its name: nothing is left to do.
     fs::rename(folder.path("out"), folder.path("kept")).unwrap();
     stop(options);
-    let state = fs::read_to_string(partial.join("state.json")).unwrap();
-    fs::write(partial.join("state.json"), state.replace("\"assembled\": false", "\"assembled\": true")).unwrap();
+    let hash = format!("\"{}\"", Fingerprint::hash(&fs::read(folder.path("kept/config.json")).unwrap()));
+    let set_state = |from: &str, to: &str| {
+        let state = fs::read_to_string(partial.join("state.json")).unwrap();
+        let changed = state.replace(&format!("\"assembled\": {from}"), &format!("\"assembled\": {to}"));
+        assert_ne!(state, changed);
+        fs::write(partial.join("state.json"), changed).unwrap();
+    };
+    // Another folder with the name is not it.
+    set_state("null", "\"0123456789abcdef\"");
     fs::rename(folder.path("kept"), folder.path("out")).unwrap();
+    let message = format!("{:#}", folder.quantize("out", options).unwrap_err());
+    assert!(message.contains("exists already") && part(0).exists(), "{message}");
+    set_state("\"0123456789abcdef\"", &hash);
     folder.quantize("out", options).unwrap();
     assert_eq!(contents(&folder.path("out")), contents(&folder.path("whole")));
     folder.assert_only(&["in", "out", "text", "whole"]);
@@ -394,6 +408,28 @@ fn an_interrupted_job_goes_on_with_the_same_arguments_only() {
     assert!(part(0).exists());
     folder.quantize("out", "--format int8 --restart").unwrap();
     folder.assert_only(&["in", "kept", "out", "text", "whole"]);
+}
+
+/// The folder's name is taken while the job works.
+#[test]
+fn a_folder_that_appears_meanwhile_is_not_taken_for_the_result() {
+    let folder = Folder::new("llama-base");
+    let input = Input::open(&folder.path("in")).unwrap();
+    let recipe = Recipe::Native(Plan::new(parse_scheme("int4").unwrap()));
+    let mut assignments = recipe.resolve(&input.modules, input.config.num_layers).unwrap();
+    assignments.iter_mut().for_each(|assignment| assignment.target = None);
+    let (out, dir) = (folder.path("out"), folder.path("out.partial"));
+    let mut staging = Staging::open(&dir, &Fingerprint::default()).unwrap();
+    let mut output = output::Output::create(&out, &staging).unwrap();
+    output.copy_plain(&input, &assignments, &Default::default()).unwrap();
+    fs::create_dir(&out).unwrap();
+    let error = output.finish(&input, &recipe, &assignments, &mut staging).unwrap_err();
+    assert!(error.to_string().contains("exists already"), "{error}");
+    drop(staging);
+    fs::write(out.join("config.json"), "{}").unwrap();
+    let staging = Staging::open(&dir, &Fingerprint::default()).unwrap();
+    assert!(!staging.is_published(&out).unwrap());
+    assert!(fs::read_to_string(dir.join("state.json")).unwrap().contains("\"assembled\": null"));
 }
 
 /// The EXL3 matrix of a module from its stored tensors.
@@ -537,6 +573,63 @@ fn awq_scales_fold_into_every_architecture() {
         folder.quantize("again", options).unwrap();
         assert_eq!(contents(&folder.path("again")), contents(&folder.path("out")));
     }
+}
+
+/// The router reads what the experts read, but is not quantized with them.
+#[test]
+fn awq_leaves_routers_alone() {
+    let folder = Folder::new("glm4_moe_lite-fused_mixed_layers");
+    let options = "--format int4_u4 --group 32 --method awq --calibration TEXT --context 64 \
+                   --override model.layers.2.mlp.gate=int8:32";
+    folder.refuses(options, &["model.layers.2.mlp.gate", "int8:32", "AWQ"]);
+    // Without a quantized expert there is nothing to fold.
+    let linear = ["self_attn", "mlp.experts", "mlp.shared_experts"];
+    let ignore: String = linear.iter().map(|part| format!(" --ignore model.layers.2.{part}.*")).collect();
+    folder.quantize("out", &format!("{options}{ignore}")).unwrap();
+    let written = Written::open(&folder.path("out"));
+    let input = Input::open(&folder.path("in")).unwrap();
+    let router = input.modules.iter().find(|module| module.name == "model.layers.2.mlp.gate").unwrap();
+    let dense = input.stored_weight(router).unwrap().to_f32().unwrap();
+    let (n, k) = (router.out_features, router.in_features);
+    let search = AwqOptions::default().scale_search;
+    assert_eq!(written.matrix(router), Some(rtn(parse_scheme("int8:32").unwrap(), &dense, n, k, search).unwrap()));
+    let norm = "model.layers.2.post_attention_layernorm.weight";
+    let of = |checkpoint: &Checkpoint| checkpoint.tensor(norm).unwrap().bytes().to_vec();
+    assert_eq!(of(&written.checkpoint), of(&input.checkpoint));
+}
+
+/// An override to the format just below the budget is one like every other.
+#[test]
+fn overrides_hold_in_a_mixture() {
+    let folder = Folder::new("glm4_moe_lite-base");
+    // A budget near the top: all but a few blocks get 4 bits.
+    let options = "--format int --bits 3.9 --group 32 --calibration TEXT --context 64";
+    let overridden = format!("{options} --override *.q_a_proj=int3:32");
+    folder.quantize("plain", options).unwrap();
+    folder.quantize("out", &overridden).unwrap();
+    let widths = |name: &str| -> Vec<u32> {
+        let written = Written::open(&folder.path(name));
+        let input = Input::open(&folder.path("in")).unwrap();
+        let modules = input.modules.iter().filter(|module| module.name.ends_with(".q_a_proj"));
+        modules.map(|module| written.matrix(module).unwrap().scheme.format.code_bits()).collect()
+    };
+    assert!(widths("plain").iter().any(|&bits| bits > 3));
+    assert!(widths("out").iter().all(|&bits| bits == 3), "{:?}", widths("out"));
+    // Other work: unfinished parts of one are not the other's.
+    let arguments = |options: &str| {
+        let words = options.replace("TEXT", folder.path("text").to_str().unwrap());
+        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        let fixed = ["quantize", folder.path("in").to_str().unwrap(), "out"].map(str::to_owned);
+        Command::try_parse_from(fixed.into_iter().chain(words)).unwrap().args
+    };
+    let fingerprint = |options: &str| {
+        let args = arguments(options);
+        let input = Input::open(&folder.path("in")).unwrap();
+        let recipe = args.recipe().unwrap();
+        let assignments = recipe.resolve(&input.modules, input.config.num_layers).unwrap();
+        args.fingerprint(&input, args.method(&recipe).unwrap(), &assignments, &[], "cpu").unwrap()
+    };
+    assert_ne!(fingerprint(options), fingerprint(&overridden));
 }
 
 #[test]
