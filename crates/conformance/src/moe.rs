@@ -501,6 +501,10 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
             runner.check(&experts(tokens, &[storage]));
         }
     }
+    // Codes and scales alike, but other values.
+    for tokens in [1, 9] {
+        runner.check(&experts(tokens, &[nf4, quantized(Format::Iq4Nl, 32)]));
+    }
     for activation in ACTIVATIONS {
         runner.check(&ExpertMlpCase { activation, ..experts(3, &[fp4]) });
     }
@@ -558,9 +562,11 @@ fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {
     for (what, spread) in [("expert twice", Spread::Duplicate), ("expert E", Spread::Beyond)] {
         let case = GroupCase { tokens: 3, top_k: 2, experts: 8, spread };
         runner.refuse(what, &case, value("ids"));
-        for tokens in [2, 33] {
-            let case = ExpertMlpCase { spread, ..experts(tokens, &[DENSE[0]]) };
-            runner.refuse(&format!("{what}, T={tokens}"), &case, value("ids"));
+        for storage in [DENSE[0], Storage::Exl3(Codebook::Mul1, 3)] {
+            for tokens in [2, 33] {
+                let case = ExpertMlpCase { spread, ..experts(tokens, &[storage]) };
+                runner.refuse(&format!("{what}, {storage} T={tokens}"), &case, value("ids"));
+            }
         }
     }
     let case = ExpertMlpCase { weight_columns: Some(3), ..experts(2, &[DENSE[0]]) };

@@ -35,7 +35,8 @@ use operands::{Combine, Product, grouping};
 pub use tensor::{TensorRows, TensorTile};
 pub use tile::{Accumulate, Tile};
 
-/// A kernel for products with weights, and its shape.
+/// A kernel for products with weights, and its shape. EXL3 weights take tiles in shared memory, whole or in shares, and
+/// [`LinearKernel::Trellis`].
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum LinearKernel {
     /// Weights straight from memory to registers, for few rows.
@@ -61,6 +62,9 @@ pub enum LinearKernel {
     TensorRows(TensorRows),
     /// As [`LinearKernel::TensorRows`] for any number of rows, which pass through shared memory.
     TensorTile(TensorTile),
+    /// The kernels of EXL3 weights in the shape that they choose, for any number of rows: tensor cores for f16 activations
+    /// where their fragments are known, otherwise weights straight from memory to registers.
+    Trellis,
 }
 
 impl<R: Runtime> Gpu<R> {
@@ -112,7 +116,27 @@ impl<R: Runtime> Gpu<R> {
             LinearKernel::StreamK { tile, workers } => stream_k::launch(self, tile, workers, product, factors),
             LinearKernel::TensorRows(rows) => tensor::launch(self, tensor::Shape::Rows(rows), product),
             LinearKernel::TensorTile(tile) => tensor::launch(self, tensor::Shape::Tile(tile), product),
+            LinearKernel::Trellis => {
+                Err(limit(self, product.operation, "a weight that is not exl3 by the kernels of exl3".into()))
+            }
         }
+    }
+
+    /// Launches a product that shares x and the norm with others; `factors` are kept for them.
+    fn multiply_one(
+        &self,
+        kernel: Option<LinearKernel>,
+        product: &Product<'_, R>,
+        factors: &mut Option<Buffer>,
+    ) -> Result<()> {
+        let kernel = match kernel {
+            None if !product.weight.decoder.is_trellis() => Some(select::select(self, product)),
+            kernel => kernel,
+        };
+        if factors.is_none() && kernel.is_none_or(LinearKernel::reads_row_factors) {
+            *factors = self.factors(product, None)?;
+        }
+        self.multiply(kernel, product, factors.as_ref())
     }
 
     /// The row factors of a product's norm.
@@ -143,8 +167,11 @@ impl<R: Runtime> Gpu<R> {
             return self.multiply(kernel, &product(gate, Some(up), args.activation, Combine::Nothing, args.out), None);
         }
         let activated = self.scratch(OP, DType::F32, &[args.x.rows(), gate.out_features])?;
-        self.multiply(kernel, &product(gate, None, args.activation, Combine::Nothing, &activated), None)?;
-        self.multiply(kernel, &product(up, None, Activation::None, Combine::Multiply(&activated), args.out), None)
+        let mut factors = None;
+        let gate = product(gate, None, args.activation, Combine::Nothing, &activated);
+        self.multiply_one(kernel, &gate, &mut factors)?;
+        let up = product(up, None, Activation::None, Combine::Multiply(&activated), args.out);
+        self.multiply_one(kernel, &up, &mut factors)
     }
 }
 
@@ -189,11 +216,7 @@ impl<R: Runtime> LinearOps for Gpu<R> {
             if product.weight.out_features == 0 {
                 continue;
             }
-            let kernel = if product.weight.decoder.is_trellis() { None } else { Some(select::select(self, &product)) };
-            if factors.is_none() && kernel.is_none_or(LinearKernel::reads_row_factors) {
-                factors = self.factors(&product, None)?;
-            }
-            self.multiply(kernel, &product, factors.as_ref())?;
+            self.multiply_one(None, &product, &mut factors)?;
         }
         Ok(())
     }
@@ -249,7 +272,7 @@ impl<R: Runtime> LinearOps for Gpu<R> {
 impl LinearKernel {
     /// Whether the row factors of an input norm are found by a kernel before this one.
     fn reads_row_factors(self) -> bool {
-        matches!(self, Self::Matrix(_) | Self::SplitK { .. } | Self::StreamK { .. })
+        matches!(self, Self::Matrix(_) | Self::SplitK { .. } | Self::StreamK { .. } | Self::Trellis)
     }
 }
 

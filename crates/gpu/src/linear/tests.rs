@@ -185,4 +185,5 @@ fn limits_are_named() {
     refused(LinearKernel::SplitK { tile: tile(32, 32, 32, 128, 1, f32), splits: 0 }, "0 slices");
     refused(LinearKernel::StreamK { tile: tile(32, 32, 32, 128, 1, f32), workers: 0 }, "0 workers");
     refused(LinearKernel::Gemv(Gemv { rows: 1, columns: 3, lanes_n: 32, lanes_k: 8 }), "3 columns");
+    refused(LinearKernel::Trellis, "not exl3");
 }

@@ -62,6 +62,8 @@ fn place_of(
             expert = select(before, middle, expert);
             after = select(before, after, middle);
         }
+        // Assignments to experts that do not exist are not sorted: the rows beyond the others have no expert.
+        expert = select(row < experts_of[experts as usize] as usize, expert, experts);
     } else {
         expert = experts_of[row];
     }
@@ -317,7 +319,8 @@ impl<R: Runtime> Call<'_, R> {
         let (rows, blocks) = (out.rows(), out.columns() / HADAMARD);
         let config = InputConfig { x: Storage::of(self.x.dtype()), lookup: order.lookup(), planes: has_planes(gpu) };
         // SAFETY: x holds a row of features for each of `slots` rows, the bank's scales suh of all its experts, places
-        // [3, E], out the rotated rows; rows of other banks' experts are passed over.
+        // [3, E], out the rotated rows; offsets E + 1 elements and the permutation an assignment for each row below the last
+        // offset. Rows of other banks' experts and of none are passed over.
         unsafe {
             rotate_expert_input::launch_unchecked::<R>(
                 gpu.client(),

@@ -68,6 +68,7 @@ fn expert_rows<X: Numeric, S: Numeric, Q: Numeric>(
     faults: &mut [Atomic<u32>],
     assignments: u32,
     slots: u32,
+    top_k: u32,
     experts: u32,
     first_place: u32,
     features: u32,
@@ -93,7 +94,7 @@ fn expert_rows<X: Numeric, S: Numeric, Q: Numeric>(
         let id = ids[a];
         if comptime!(c.check) {
             let checked = unit == 0usize && CUBE_POS % stretches == 0usize;
-            check_id(ids, faults, a, slots as usize, experts, checked);
+            check_id(ids, faults, a, top_k as usize, experts, checked);
         }
         let mut at = u32::MAX.runtime();
         let mut at2 = 0u32.runtime();
@@ -199,7 +200,7 @@ fn expert_rows<X: Numeric, S: Numeric, Q: Numeric>(
 }
 
 impl<R: Runtime> Call<'_, R> {
-    /// Launches [`expert_rows`]: `ids [T k]`, `out [T k, N]`, `slots` assignments a row of x.
+    /// Launches [`expert_rows`]: `ids [T, k]`, `out [T k, N]`, `slots` assignments a row of x.
     pub(super) fn rows(
         &self,
         gpu: &Gpu<R>,
@@ -246,6 +247,7 @@ impl<R: Runtime> Call<'_, R> {
                 gpu.faults(),
                 assignments as u32,
                 slots as u32,
+                ids.columns() as u32,
                 self.experts as u32,
                 self.first_place as u32,
                 self.features as u32,

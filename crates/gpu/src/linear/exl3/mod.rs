@@ -1,7 +1,8 @@
 //! EXL3 weights: rows are rotated, multiplied with the decoded tiles and rotated back.
 //!
-//! Products of 16-bit activations run on tensor cores where fragments are known, on all other devices a kernel of its own
-//! takes few rows and the matrix kernels more; these have f32 operands.
+//! Products of f16 activations run on tensor cores where fragments are known. All others, of f32 or bf16 activations, whose
+//! range f16 does not have, or on other devices, have f32 operands: a kernel of the format takes few rows and the matrix
+//! kernels more.
 
 mod fragment;
 pub(crate) mod rotate;
@@ -18,7 +19,7 @@ use marlin_ops::{Result, Tensor};
 
 use super::operands::{Combine, Product};
 use super::tile::{Accumulate, Tile};
-use super::{LinearKernel, limit, row_factors};
+use super::{LinearKernel, limit};
 use crate::decode::{Codes, Trellis};
 use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
@@ -61,22 +62,16 @@ pub(super) fn multiply<R: Runtime>(
     trellis: Trellis,
     known: Option<&Buffer>,
 ) -> Result<()> {
-    let factors = match (known, &product.norm) {
-        (Some(known), _) => Some(known.clone()),
-        (None, Some(norm)) => Some(row_factors::launch(gpu, product.operation, product.x, norm)?),
-        (None, None) => None,
-    };
     let operation = product.operation;
+    if let Some(kernel @ (LinearKernel::Gemv(_) | LinearKernel::TensorRows(_) | LinearKernel::TensorTile(_))) = kernel {
+        return Err(limit(gpu, operation, format!("an exl3 weight by {kernel:?}")));
+    }
+    let factors = gpu.factors(product, known)?;
     let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
-    let on_tensor_cores = tensor::takes(product.x.dtype()) && tensor::available(gpu);
-    let wanted = match kernel {
-        None => on_tensor_cores,
-        Some(LinearKernel::TensorRows(_) | LinearKernel::TensorTile(_)) if !on_tensor_cores => {
-            return Err(limit(gpu, operation, "f32 activations or a device without m16n8k16 products".into()));
-        }
-        Some(kernel) => matches!(kernel, LinearKernel::TensorRows(_) | LinearKernel::TensorTile(_)),
-    };
-    if wanted {
+    // Rows of bf16 could overflow or vanish in the f16 of the operands.
+    let dtype = product.x.dtype();
+    let on_tensor_cores = dtype == DType::F16 && tensor::takes(dtype) && tensor::available(gpu);
+    if on_tensor_cores && matches!(kernel, None | Some(LinearKernel::Trellis)) {
         let plan = tensor::Plan::new(gpu, product, trellis);
         let partials = gpu.scratch(operation, DType::F32, &[plan.slices, m, n])?;
         let rotated = match plan.takes_rotated() {
@@ -93,7 +88,7 @@ pub(super) fn multiply<R: Runtime>(
     let x = gpu.scratch(operation, DType::F32, &[m, k])?;
     rotate::input(gpu, product, factors.as_ref(), Channels::Neighbours, &x);
     match kernel {
-        Some(LinearKernel::Gemv(_)) => few_rows(gpu, product, trellis, &x),
+        Some(LinearKernel::Trellis) => few_rows(gpu, product, trellis, &x),
         None if m <= rows::MOST_ROWS => few_rows(gpu, product, trellis, &x),
         kernel => {
             let (weight, out) = (product.weight.inner(), gpu.scratch(operation, DType::F32, &[1, m, n])?);

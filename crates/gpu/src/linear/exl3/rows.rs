@@ -1,5 +1,5 @@
-//! Products of a few rotated rows with tiles, on any device: a unit decodes columns `g` and `g + 8` of a tile, whose words
-//! no other unit reads, straight to registers.
+//! Products of a few rotated rows with tiles, on any device: a unit decodes columns `g` and `g + 8` of a tile straight
+//! to registers, from words of their own and the one before these.
 
 use cubecl::prelude::*;
 use marlin_formats::exl3::HADAMARD;

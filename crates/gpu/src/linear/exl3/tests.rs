@@ -5,10 +5,10 @@ use marlin_formats::exl3::{Codebook, Exl3Matrix};
 use marlin_ops::convert::{DequantizeArgs, WeightOrder};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, InputNorm, LinearArgs, Residual};
 use marlin_ops::oracle::Oracle;
-use marlin_ops::{ConvertOps, Device, HostTensor, Linear, LinearOps, Result, Weight};
+use marlin_ops::{ConvertOps, Device, HostTensor, Linear, LinearOps, OpError, Result, Weight};
 
 use crate::linear::tile::{Accumulate, Tile};
-use crate::linear::{Gemv, LinearKernel};
+use crate::linear::{Gemv, LinearKernel, TensorRows, TensorTile};
 
 #[cfg(feature = "cuda")]
 fn gpu() -> crate::Cuda {
@@ -22,7 +22,8 @@ fn gpu() -> crate::Vulkan {
 
 /// Error of a product relative to its norm: f16 rows after the rotation where there are tensor cores, f32 otherwise.
 fn bound<R: cubecl::Runtime>(gpu: &crate::Gpu<R>, kernel: Option<LinearKernel>, dtype: DType) -> f64 {
-    let narrow = kernel.is_none() && super::tensor::takes(dtype) && super::tensor::available(gpu);
+    let own = matches!(kernel, None | Some(LinearKernel::Trellis));
+    let narrow = own && dtype == DType::F16 && super::tensor::available(gpu);
     if narrow { 6e-4 } else { 1e-5 }
 }
 
@@ -91,7 +92,7 @@ fn weights_are_unfolded() {
         let host = weight(codebook, bits, n, k, 7);
         let expected = host.to_f32().unwrap();
         let linear = Linear::new(&gpu, host).unwrap();
-        let mut out = gpu.zeros(DType::F32, &[k, 3]).unwrap();
+        let mut out = gpu.upload(&HostTensor::from_f32(&[k, 3], &vec![f32::NAN; 3 * k]).unwrap()).unwrap();
         let (first, order) = (126, WeightOrder::InputMajor);
         gpu.dequantize(DequantizeArgs { weight: &linear, first, order, out: &mut out }).unwrap();
         let found = gpu.read_f64(&out).unwrap();
@@ -109,7 +110,7 @@ fn rows_of_an_embedding() {
     fn rows<D: LinearOps>(d: &D, host: &Weight, ids: &[u32]) -> Vec<f64> {
         let table = Linear::new(d, host.clone()).unwrap();
         let ids = d.upload(&HostTensor::from_u32(&[ids.len()], ids).unwrap()).unwrap();
-        let mut out = d.zeros(DType::F32, &[3, 128]).unwrap();
+        let mut out = d.upload(&HostTensor::from_f32(&[3, 128], &[f32::NAN; 3 * 128]).unwrap()).unwrap();
         d.embedding(EmbeddingArgs { ids: &ids, table: &table, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
@@ -123,14 +124,13 @@ fn rows_of_an_embedding() {
 fn every_kernel_agrees() {
     let gpu = gpu();
     let tile = Tile { m: 32, n: 64, k: 32, units: 128, stages: 1, accumulate: Accumulate::F32 };
-    let gemv = LinearKernel::Gemv(Gemv { rows: 1, columns: 4, lanes_n: 32, lanes_k: 8 });
     let mut compared = 0;
     for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
         let host = weight(codebook, bits, 200, 300, 11);
         for (m, kernel, dtype) in [
             (1, None, DType::F16),
-            (3, Some(gemv), DType::F32),
-            (9, Some(gemv), DType::BF16),
+            (3, Some(LinearKernel::Trellis), DType::F32),
+            (9, Some(LinearKernel::Trellis), DType::BF16),
             (9, None, DType::F32),
             (3, None, DType::BF16),
             (20, None, DType::F16),
@@ -151,7 +151,37 @@ fn every_kernel_agrees() {
             compared += 1;
         }
     }
-    assert!(compared > 50);
+    // One of every rate and codebook, six more of every rate of one codebook and of one rate of the others.
+    assert_eq!(compared, 24 + 6 * 8 + 6 * 2);
+}
+
+#[test]
+fn kernels_of_other_formats_are_refused() {
+    let gpu = gpu();
+    let linear = Linear::new(&gpu, weight(Codebook::Mcg, 4, 128, 128, 17)).unwrap();
+    let x = gpu.upload(&HostTensor::from_f32_as(DType::F16, &[2, 128], &values(256, 2)).unwrap()).unwrap();
+    let (planes_k, slices) = (1, 1);
+    let tile = TensorTile { row_blocks: 4, planes_m: 1, planes_n: 1, planes_k, steps: 4, rescale: false, slices };
+    for kernel in [
+        LinearKernel::Gemv(Gemv { rows: 1, columns: 4, lanes_n: 32, lanes_k: 8 }),
+        LinearKernel::TensorRows(TensorRows {
+            columns: 4,
+            tiles: 1,
+            planes: 4,
+            prefetch: false,
+            staged: false,
+            slices,
+        }),
+        LinearKernel::TensorTile(tile),
+    ] {
+        let mut out = gpu.zeros(DType::F32, &[2, 128]).unwrap();
+        let (activation, residual) = (Activation::None, Residual::None);
+        let args = LinearArgs { x: &x, weight: &linear, activation, out_scale: 1.0, residual, out: &mut out };
+        match gpu.linear_with(kernel, args) {
+            Err(OpError::Unsupported { what, .. }) => assert!(what.contains("exl3"), "{what}"),
+            other => panic!("{kernel:?}: {other:?}"),
+        }
+    }
 }
 
 #[test]

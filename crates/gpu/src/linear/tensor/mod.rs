@@ -15,6 +15,7 @@ use marlin_ops::linear::Activation;
 use marlin_ops::{Result, Tensor};
 
 use super::epilogue::Epilogue;
+use super::exl3::rotate::has_planes;
 use super::operands::Product;
 use super::{LinearKernel, limit, split_k};
 use crate::Gpu;
@@ -91,15 +92,13 @@ impl Call {
 
 /// Whether the device multiplies such fragments.
 fn has_fragments<R: Runtime>(gpu: &Gpu<R>, operand: Operand) -> bool {
-    let properties = gpu.properties();
     let float = match operand {
         Operand::F16 => FloatKind::F16,
         Operand::BF16 => FloatKind::BF16,
     };
     let (ab, cd) = (ElemType::Float(float).into(), ElemType::Float(FloatKind::F32).into());
-    let hardware = &properties.hardware;
     let config = MmaConfig { a_type: ab, b_type: ab, cd_type: cd, m: 16, n: 8, k: 16 };
-    (hardware.plane_size_min, hardware.plane_size_max) == (32, 32) && properties.features.matmul.mma.contains(&config)
+    has_planes(gpu) && gpu.properties().features.matmul.mma.contains(&config)
 }
 
 /// The code of a weight that the kernels read.

@@ -130,7 +130,8 @@ fn sorted_rows_of_one_projection() {
         };
         let x = d.upload(&HostTensor::from_f32(&[tokens, k], &values(tokens * k, 3)).unwrap()).unwrap();
         let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens)).unwrap()).unwrap();
-        let mut out = d.zeros(DType::F32, &[2 * tokens, n]).unwrap();
+        let unwritten = vec![f32::NAN; 2 * tokens * n];
+        let mut out = d.upload(&HostTensor::from_f32(&[2 * tokens, n], &unwritten).unwrap()).unwrap();
         let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
         let experts = &experts(d);
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
