@@ -11,7 +11,7 @@ use crate::case::{Case, Mode, Refusal, Runner};
 use crate::input::{Add, Output, floats, floats_as, ids, poison};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance, U32};
-use crate::weight::{DENSE, Scales, Storage, all_codes, group_sizes, random_weight};
+use crate::weight::{DENSE, Scales, Storage, all_codes, group_sizes, random_weight, sizes_of_parts};
 
 pub(crate) const ACTIVATIONS: [Activation; 8] = [
     Activation::None,
@@ -123,27 +123,32 @@ impl LinearCase {
         x
     }
 
-    /// `sum_k |x w| + |bias|`, `[m, n]`.
-    fn magnitudes(&self) -> Result<Vec<f64>> {
+    /// `sum_k |x w| + |bias|`, `[m, n]`. The fast mode multiplies codes and offsets apart: there both parts count.
+    fn magnitudes(&self, mode: Mode) -> Result<Vec<f64>> {
         let random = &mut Random::of(&self.configuration());
         let weight = self.weight(random)?;
-        magnitudes(&weight, &self.x(random))
+        let w = if rounds(&weight, mode) { sizes_of_parts(&weight)? } else { weight.to_f32()? };
+        Ok(sums(&w, &weight, &self.x(random)))
     }
 }
 
 /// `sum_k |x w| + |bias|` for every row and output.
 pub(crate) fn magnitudes(weight: &Weight, x: &[f32]) -> Result<Vec<f64>> {
+    Ok(sums(&weight.to_f32()?, weight, x))
+}
+
+/// [`magnitudes`] with `w [n, k]` in place of the weight's values.
+fn sums(w: &[f32], weight: &Weight, x: &[f32]) -> Vec<f64> {
     let (k, n) = (weight.in_features(), weight.out_features());
-    let w = weight.to_f32()?;
     let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);
     let product = |x: &[f32], n: usize| -> f64 {
         let terms = x.iter().zip(&w[n * k..][..k]);
         terms.map(|(x, w)| (f64::from(*x) * f64::from(*w)).abs()).sum()
     };
-    Ok(x.chunks(k.max(1))
+    x.chunks(k.max(1))
         .flat_map(|x| (0..n).map(move |n| (x, n)))
         .map(|(x, n)| product(x, n) + f64::from(bias[n]).abs())
-        .collect())
+        .collect()
 }
 
 /// Largest slope of an activation where its argument is at most `size`.
@@ -232,7 +237,7 @@ impl Case for LinearCase {
         let steps = (self.k + 4) as f64 * U32;
         let own = if transcendental(self.activation) { tolerance::ACTIVATION } else { 0.0 };
         let absolute = self
-            .magnitudes()
+            .magnitudes(mode)
             .expect("the inputs are valid: the case ran")
             .into_iter()
             .map(|sum| {
@@ -309,8 +314,8 @@ impl GatedUpCase {
             gate = gate.with_bias(random.normals(n))?;
             up = up.with_bias(random.normals(up_rows))?;
         }
-        let x = random.normals(self.m * k).iter().map(|v| v * self.x_scale).collect();
-        Ok((gate, up, x))
+        let norm = self.norm.then_some(GATED_NORM);
+        Ok((gate, up, rows(self.m, k, self.x_scale, norm, random)))
     }
 }
 
@@ -343,7 +348,8 @@ impl Case for GatedUpCase {
             let bounds = |w: &Weight| after_norm(w, &x, mode).expect("the weight is valid");
             let slope = |sum| slope(self.activation, sum);
             let product = |(g, u): (Bound, Bound)| {
-                slope(g.sum) * (g.error * u.sum + g.sum * u.error + g.sum.max(1.0) * u.sum * tolerance::ACTIVATION)
+                let second = u.error + u.size * tolerance::ACTIVATION;
+                slope(g.size) * (g.error * (u.size + u.error) + g.size.max(1.0) * second)
             };
             let absolute = bounds(&gate).into_iter().zip(bounds(&up)).map(product).collect();
             return vec![Tolerance::Elements { ulps: 1.0, relative: 2.0 * U32, absolute }];
@@ -363,27 +369,27 @@ impl Case for GatedUpCase {
 
 /// An input norm of a case.
 #[derive(Clone, Copy, Debug)]
-struct Norm {
+pub(crate) struct Norm {
     offset: f32,
     eps: f32,
 }
 
-const GATED_NORM: Norm = Norm { offset: 0.0, eps: 1e-6 };
+pub(crate) const GATED_NORM: Norm = Norm { offset: 0.0, eps: 1e-6 };
 
 impl Norm {
     /// With zeros and negative values.
-    fn gamma(self, k: usize) -> Vec<f32> {
+    pub(crate) fn gamma(self, k: usize) -> Vec<f32> {
         let mut gamma = Random::of(&format!("gamma {k}")).normals(k);
         gamma.iter_mut().skip(3).step_by(7).for_each(|g| *g = 0.0);
         gamma
     }
 
-    fn input<B: Backend>(self, gamma: &Tensor<B>) -> InputNorm<'_, B> {
+    pub(crate) fn input<B: Backend>(self, gamma: &Tensor<B>) -> InputNorm<'_, B> {
         InputNorm { gamma, gamma_offset: self.offset, eps: self.eps }
     }
 
     /// Normalised rows of `k`.
-    fn apply(self, x: &[f32], k: usize) -> Vec<f64> {
+    pub(crate) fn apply(self, x: &[f32], k: usize) -> Vec<f64> {
         let gamma = self.gamma(k);
         let row = |row: &[f32]| -> Vec<f64> {
             let squares = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>();
@@ -395,42 +401,62 @@ impl Norm {
     }
 }
 
-/// Of one output: `sum_k |x w|`, and what its f32 computation may be off.
+/// Normal rows times a factor. Those of an input norm are drawn again while a normalised value, right to 16 f32
+/// roundings as the largest of its block is, lies so close to a tie that its int8 code may be the neighbour's.
+pub(crate) fn rows(m: usize, k: usize, scale: f32, norm: Option<Norm>, random: &mut Random) -> Vec<f32> {
+    let mut row = || -> Vec<f32> { random.normals(k).iter().map(|v| v * scale).collect() };
+    let mut clear_row = |norm: Norm| {
+        let clear = |row: &Vec<f32>| !has_ties(&norm.apply(row, k), 32.0 * U32);
+        (0..1000).map(|_| row()).find(clear).expect("some row of a thousand has no tie")
+    };
+    match norm {
+        Some(norm) => (0..m).flat_map(|_| clear_row(norm)).collect(),
+        None => (0..m).flat_map(|_| row()).collect(),
+    }
+}
+
+/// Of one output: its size, with that of what int8 activations change, and what its f32 computation may be off.
 #[derive(Clone, Copy)]
-struct Bound {
-    sum: f64,
-    error: f64,
+pub(crate) struct Bound {
+    size: f64,
+    pub(crate) error: f64,
 }
 
 /// Bounds of products with normalised rows, `[m, n]`. A value of a row is right to 16 f32 roundings (mean, root, two
-/// products); where it is rounded to int8 and lies that close to a tie, it may take the neighbouring code.
-fn after_norm(weight: &Weight, x: &[f64], mode: Mode) -> Result<Vec<Bound>> {
+/// products).
+pub(crate) fn after_norm(weight: &Weight, x: &[f64], mode: Mode) -> Result<Vec<Bound>> {
     let (k, n) = (weight.in_features(), weight.out_features());
-    let rounds = match &weight.data {
-        WeightData::Quantized(matrix) => mode == Mode::Int8Activations && takes_int8_activations(&matrix.scheme),
-        WeightData::Dense(_) | WeightData::Exl3(_) | WeightData::Grid(_) => false,
-    };
+    let rounds = rounds(weight, mode);
     let w = weight.to_f32()?;
     let bias = weight.bias.clone().unwrap_or(vec![0.0; n]);
     let steps = (2 * k + 16) as f64 * U32;
-    let bound = |x: &[f64], ties: &[f64], n: usize| {
-        let w = &w[n * k..][..k];
-        let product = |a: &[f64]| a.iter().zip(w).map(|(a, &w)| (a * f64::from(w)).abs()).sum::<f64>();
-        let sum = product(x) + f64::from(bias[n]).abs();
-        Bound { sum, error: sum * steps + product(ties) }
+    let bound = |x: &[f64], n: usize| {
+        let terms = x.iter().zip(&w[n * k..]).map(|(x, &w)| x * f64::from(w));
+        let sum = terms.clone().map(f64::abs).sum::<f64>() + f64::from(bias[n]).abs();
+        let value = terms.sum::<f64>() + f64::from(bias[n]);
+        // A code is off by 1/254 of the largest value of its block, which is less than eight times the usual one.
+        let rounding = if rounds { sum / 32.0 } else { 0.0 };
+        Bound { size: value.abs() + rounding, error: sum * steps }
     };
-    let rows = x.chunks(k).map(|x| (x, if rounds { tie_steps(x, 16.0 * U32) } else { vec![0.0; k] }));
-    Ok(rows.flat_map(|(x, ties)| (0..n).map(|n| bound(x, &ties, n)).collect::<Vec<_>>()).collect())
+    Ok(x.chunks(k).flat_map(|x| (0..n).map(move |n| (x, n))).map(|(x, n)| bound(x, n)).collect())
 }
 
-/// The step of each value's int8 code if it lies within `margin` (relative) of a tie, else 0.
-fn tie_steps(x: &[f64], margin: f64) -> Vec<f64> {
-    let block = |block: &[f64]| -> Vec<f64> {
+/// Whether products with a weight take int8 activations.
+fn rounds(weight: &Weight, mode: Mode) -> bool {
+    match &weight.data {
+        WeightData::Quantized(matrix) => mode == Mode::Int8Activations && takes_int8_activations(&matrix.scheme),
+        WeightData::Dense(_) | WeightData::Exl3(_) | WeightData::Grid(_) => false,
+    }
+}
+
+/// Whether the int8 code of a value lies within `margin` (relative) of a tie.
+fn has_ties(x: &[f64], margin: f64) -> bool {
+    let block = |block: &[f64]| {
         let step = block.iter().fold(0.0f64, |largest, v| largest.max(v.abs())) / 127.0;
-        let is_tie = |v: f64| ((v / step).abs().fract() - 0.5).abs() <= 127.0 * margin;
-        block.iter().map(|&v| if step > 0.0 && is_tie(v) { step } else { 0.0 }).collect()
+        let is_tie = |v: &f64| ((v / step).abs().fract() - 0.5).abs() <= 127.0 * margin;
+        step > 0.0 && block.iter().any(is_tie)
     };
-    x.chunks(ACTIVATION_BLOCK).flat_map(block).collect()
+    x.chunks(ACTIVATION_BLOCK).any(block)
 }
 
 struct ProjectionsCase {
@@ -458,7 +484,7 @@ impl ProjectionsCase {
 
     fn inputs(&self) -> Result<(Vec<f32>, Vec<Weight>)> {
         let random = &mut Random::of(&self.configuration());
-        let mut x: Vec<f32> = random.normals(self.m * self.k).iter().map(|v| v * self.x_scale).collect();
+        let mut x = rows(self.m, self.k, self.x_scale, self.norm, random);
         if self.m > 1 {
             x[self.k..2 * self.k].fill(0.0);
         }
@@ -564,12 +590,24 @@ fn shapes() -> Vec<(usize, usize, usize)> {
 }
 
 /// Every format that weights are quantized to and a quarter of the imported ones, their group sizes in turn over the
-/// shapes.
+/// shapes. Four shapes in a row meet all imported formats, and the next four in another order.
 fn storages(index: usize) -> Vec<Storage> {
-    let chosen = |(i, format): &(usize, Format)| format.can_encode() || i % 4 == index % 4;
+    let (four, place) = (index / 4, index % 4);
+    let chosen = |(i, format): &(usize, Format)| format.can_encode() || (i + four) % 4 == place;
     let quantized = Format::ALL.into_iter().enumerate().filter(chosen).map(|(_, format)| {
         let sizes = group_sizes(format);
-        Storage::Quantized(format, sizes[index % sizes.len()])
+        let turn = if format.can_encode() { index } else { four };
+        Storage::Quantized(format, sizes[turn % sizes.len()])
+    });
+    DENSE.into_iter().chain(quantized).collect()
+}
+
+/// Every storage once, each format with one of its group sizes: those of the next `turn` are others where it has
+/// several.
+fn all_storages(turn: usize) -> Vec<Storage> {
+    let quantized = Format::ALL.into_iter().enumerate().map(|(i, format)| {
+        let sizes = group_sizes(format);
+        Storage::Quantized(format, sizes[(i + turn) % sizes.len()])
     });
     DENSE.into_iter().chain(quantized).collect()
 }
@@ -584,8 +622,8 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     gated_up(runner);
     projections(runner);
     grid::run(runner);
-    for storage in storages(0).into_iter().chain(storages(1)) {
-        for hidden in [96, 129] {
+    for (turn, hidden) in [96, 129].into_iter().enumerate() {
+        for storage in all_storages(turn) {
             runner.check(&EmbeddingCase::new(storage, hidden));
         }
     }
@@ -614,10 +652,17 @@ fn linear_weights<B: Backend>(runner: &mut Runner<'_, B>) {
         runner.check(&LinearCase { m: k, k, n, storage, all_codes: true, input, ..LINEAR });
         for scales in [Scales::SomeZero, Scales::Large, Scales::Tiny] {
             for (m, group_size) in [(1, 32), (5, 32), (33, 128)] {
+                let group_size = format.fixed_group_size().unwrap_or(group_size);
                 if format.check_group_size(group_size).is_ok() {
                     let storage = Storage::Quantized(format, group_size);
                     runner.check(&LinearCase { m, storage, scales, ..LINEAR });
                 }
+            }
+        }
+        // Three super-blocks of those that have them, the last cut off; others meet more than 256 features elsewhere.
+        if !format.can_encode() {
+            for m in [1, 9] {
+                runner.check(&LinearCase { m, k: 600, storage, ..LINEAR });
             }
         }
         // NaN in, NaN out, and no other row is touched.
@@ -693,7 +738,7 @@ fn linear_halves<B: Backend>(runner: &mut Runner<'_, B>, dtype: DType) {
         runner.check(&LinearCase { m: m + 1, storage, input: Input::One(f32::NAN), ..case });
     }
     runner.check(&LinearCase { m: 20, k: 2048, storage, residual: Add::Tensor, ..case });
-    for storage in storages(0) {
+    for storage in all_storages(0) {
         runner.check(&LinearCase { m: 5, k: 256, n: 64, storage, dtypes: (dtype, dtype), ..LINEAR });
     }
 }
@@ -712,8 +757,9 @@ fn gated_up<B: Backend>(runner: &mut Runner<'_, B>) {
         }
         runner.check(&GatedUpCase { activation, x_scale: 40.0, ..GATED_UP });
     }
-    for (index, gate) in storages(1).into_iter().enumerate() {
-        let up = storages(0)[(index + 3) % 17];
+    let ups = all_storages(0);
+    for (index, gate) in all_storages(1).into_iter().enumerate() {
+        let up = ups[(index + 3) % ups.len()];
         for m in [1, 2, 9] {
             runner.check(&GatedUpCase { m, gate, up, ..GATED_UP });
             runner.check(&GatedUpCase { m, gate, up: gate, n: 33, k: 200, ..GATED_UP });
@@ -725,7 +771,7 @@ fn gated_up<B: Backend>(runner: &mut Runner<'_, B>) {
 }
 
 fn projections<B: Backend>(runner: &mut Runner<'_, B>) {
-    for storage in storages(0).into_iter().chain(storages(1)) {
+    for storage in all_storages(0) {
         for m in [1, 2, 9] {
             runner.check(&ProjectionsCase::new(m, storage));
         }

@@ -211,8 +211,9 @@ impl Case for BatchedCase {
             DType::BF16 => (tolerance::LINEAR_BF16, relative_ulp(DType::BF16)),
             _ => (tolerance::LINEAR, 2.0 * U32),
         };
-        // Sums of K products of at most about 3 times 3, or 3 times 15 steps of 3/32.
-        let largest = 9.0 * f64::from(self.a_scale) * f64::from(self.alpha.abs()) * k as f64;
+        // Sums of K products of at most about 3 times 3, or 3 times 15 steps (IQ4: levels of up to 127) of 3/32.
+        let largest = if matches!(self.weights, Weights::Quantized(Format::Iq4Nl, _)) { 36.0 } else { 9.0 };
+        let largest = largest * f64::from(self.a_scale) * f64::from(self.alpha.abs()) * k as f64;
         let own = if transcendental(self.activation) { tolerance::ACTIVATION } else { 0.0 };
         let absolute = slope(self.activation, largest) * largest * ((k + 2) as f64 * U32 + own);
         let elements =
@@ -376,6 +377,9 @@ fn products<B: Backend>(runner: &mut Runner<'_, B>) {
             runner.check(&BatchedCase { shape: BatchedShape { batch: 2, m, n, k, ..SHAPE }, ..batched(weights) });
         }
     }
+    for weights in [Weights::Quantized(Format::Nf4, 24), Weights::Quantized(Format::Iq4Nl, 32)] {
+        runner.check(&batched(weights));
+    }
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for transposed in [false, true] {
             runner.check(&batched(Weights::Dense { dtype, transposed }));
@@ -445,6 +449,7 @@ fn bad_products<B: Backend>(runner: &mut Runner<'_, B>) {
     refuse("an infinite alpha", FP4, Bad::Alpha, Refusal::Value("alpha"));
     let eight_bits = Weights::Quantized(Format::Int8, 16);
     refuse("8-bit codes", eight_bits, Bad::Nothing, Refusal::Value("scheme"));
+    refuse("offsets", Weights::Quantized(Format::Q4_1, 32), Bad::Nothing, Refusal::Value("scheme"));
 }
 
 fn epilogues<B: Backend>(runner: &mut Runner<'_, B>) {

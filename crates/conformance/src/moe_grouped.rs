@@ -11,7 +11,7 @@ use crate::input::{Output, floats, floats_as, ids, poison, poison_as, poison_ids
 use crate::linear::ACTIVATIONS;
 use crate::moe::Spread;
 use crate::random::Random;
-use crate::tolerance::{self, Tolerance, relative_ulp};
+use crate::tolerance::{self, Tolerance, exl3, relative_ulp};
 use crate::weight::{DENSE, Scales, Storage, random_weight};
 
 /// How rows and their experts are given.
@@ -83,8 +83,7 @@ fn grouped(tokens: usize, order: Order, storages: &[Storage]) -> GroupedCase {
 impl GroupedCase {
     fn expert(&self, e: usize, random: &mut Random) -> Result<ExpertWeights> {
         let mut weight = |index: usize, n: usize, k: usize| {
-            let storage = self.storages[(e + index) % self.storages.len()];
-            let weight = random_weight(storage, n, k, Scales::Usual, random)?;
+            let weight = random_weight(self.storage(e, index), n, k, Scales::Usual, random)?;
             match self.bias {
                 true => weight.with_bias(random.normals(n)),
                 false => Ok(weight),
@@ -95,6 +94,30 @@ impl GroupedCase {
             up: weight(1, self.intermediate, self.hidden)?,
             down: weight(2, self.hidden, self.intermediate)?,
         })
+    }
+
+    /// How expert `e` stores projection `index`.
+    fn storage(&self, e: usize, index: usize) -> Storage {
+        self.storages[(e + index) % self.storages.len()]
+    }
+
+    /// Experts of the tokens, `[T, k]`.
+    fn chosen(&self) -> Vec<u32> {
+        let random = &mut Random::of(&format!("{} ids", self.configuration()));
+        self.spread.ids(self.tokens, self.top_k, self.experts, random)
+    }
+
+    /// The bound on relF of every row of the output, from its own expert's storage.
+    fn row_bounds(&self, mode: Mode) -> Vec<f64> {
+        let mut experts = self.chosen();
+        if self.order != Order::Token {
+            experts.sort_unstable();
+        }
+        let bound = |&e: &u32| match self.storage(e as usize, self.projection as usize) {
+            Storage::Exl3(..) => exl3(mode),
+            _ => tolerance::LINEAR,
+        };
+        experts.iter().map(bound).collect()
     }
 
     /// `[K, N]`.
@@ -140,7 +163,7 @@ impl Case for GroupedCase {
         let random = &mut Random::of(&self.configuration());
         let experts: Vec<ExpertWeights> = (0..self.experts).map(|e| self.expert(e, random)).collect::<Result<_>>()?;
         let stack = ExpertStack::new(b, experts)?;
-        let chosen = self.spread.ids(self.tokens, self.top_k, self.experts, random);
+        let chosen = self.chosen();
         let (offsets, permutation) = self.sort(&chosen);
         let [k, n] = self.weight_shape();
         let rows = self.tokens * self.top_k;
@@ -165,14 +188,14 @@ impl Case for GroupedCase {
         Ok(vec![Output::floats(b, "out", &out)?])
     }
 
-    fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
+    fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
         let [_, n] = self.weight_shape();
         let block = if n >= 16 { n } else { n * self.tokens * self.top_k };
         let bound = match self.out {
             DType::F16 => tolerance::LINEAR_F16,
             DType::BF16 => tolerance::LINEAR_BF16,
             _ if self.storages.iter().any(Storage::rotates) => {
-                return vec![Tolerance::Blocks { block, bound: tolerance::EXL3_ROWS }];
+                return vec![Tolerance::Rows { bounds: self.row_bounds(mode) }];
             }
             _ => return vec![Tolerance::Blocks { block, bound: tolerance::LINEAR }],
         };

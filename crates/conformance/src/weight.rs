@@ -5,8 +5,8 @@ use std::fmt;
 use half::f16;
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::grid::{self, GridMatrix};
-use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift};
-use marlin_ops::{HostTensor, Result, Weight};
+use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift, store_f32};
+use marlin_ops::{HostTensor, Result, Weight, WeightData};
 
 use crate::random::Random;
 
@@ -121,6 +121,20 @@ fn grid_matrix(
     Ok(GridMatrix { bits, in_features: k, out_features: n, group_size, tiles, scales, su, sv, grid })
 }
 
+/// `|code part| + |offset|` of every weight, `[n, k]`; just `|w|` in formats without offsets.
+pub(crate) fn sizes_of_parts(weight: &Weight) -> Result<Vec<f32>> {
+    let mut w = weight.to_f32()?;
+    if let WeightData::Quantized(matrix) = &weight.data {
+        for (n, row) in w.chunks_exact_mut(matrix.in_features).enumerate() {
+            for (g, group) in row.chunks_mut(matrix.scheme.group_size).enumerate() {
+                let offset = matrix.group(n, g)?.offset;
+                group.iter_mut().for_each(|w| *w = (*w - offset).abs() + offset.abs());
+            }
+        }
+    }
+    Ok(w)
+}
+
 /// A weight in which every input feature k meets every code: `code(n, k) = (n + k) mod codes`.
 pub(crate) fn all_codes(format: Format, k: usize, random: &mut Random) -> Result<Weight> {
     let codes = 1u32 << format.code_bits();
@@ -233,5 +247,7 @@ fn magnitude(scales: Scales) -> f32 {
 
 /// The two words of an f32.
 fn halves(value: f32) -> Vec<u16> {
-    vec![value.to_bits() as u16, (value.to_bits() >> 16) as u16]
+    let mut words = vec![0; 2];
+    store_f32(&mut words, 0, value);
+    words
 }

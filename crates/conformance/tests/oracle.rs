@@ -1,6 +1,6 @@
 //! The oracle passes its own cases, so that none asks for what its definition does not give.
 
-use marlin_conformance::{VerifyOptions, verify};
+use marlin_conformance::{CaseResult, VerifyOptions, verify};
 use marlin_ops::oracle::Oracle;
 
 fn passes(oracle: Oracle, int8_activations: bool) {
@@ -36,6 +36,7 @@ fn the_modes_are_told_apart() {
         VerifyOptions { families: Some(vec![marlin_conformance::Family::Linear]), ..VerifyOptions::default() };
     let report = verify(&Oracle::with_int8_activations(), &options);
     assert!(report.failed > 100, "only {} cases notice rounded activations", report.failed);
-    // Formats without integer codes are not rounded.
-    assert!(report.failures().all(|failure| !failure.configuration.starts_with("fp8")));
+    // Formats without integer codes are not rounded; a gated product may pair them with others.
+    let alone = |failure: &&CaseResult| !failure.configuration.contains(" x ");
+    assert!(report.failures().filter(alone).all(|failure| !failure.configuration.starts_with("fp8")));
 }

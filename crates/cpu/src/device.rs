@@ -1,5 +1,6 @@
 use half::{bf16, f16};
 use marlin_formats::DType;
+use marlin_formats::exl3::Codebook;
 use marlin_ops::activation::takes_int8_activations;
 use marlin_ops::profile::{Arithmetic, Profiler};
 use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight, WeightData};
@@ -32,8 +33,8 @@ pub enum Isa {
 pub struct CpuOptions {
     /// Worker threads; all cores when absent.
     pub threads: Option<usize>,
-    /// f32 activations everywhere; otherwise int8 activations where
-    /// [`marlin_ops::activation::takes_int8_activations`] allows them.
+    /// f32 activations everywhere; otherwise int8 activations where [`marlin_ops::activation::takes_int8_activations`]
+    /// allows them, and for EXL3 weights what the crate's README says.
     pub exact: bool,
     /// Instruction set.
     pub isa: Isa,
@@ -219,6 +220,7 @@ impl Device for Cpu {
     fn arithmetic(&self, data: &WeightData) -> Arithmetic {
         match data {
             WeightData::Quantized(q) if !self.exact && takes_int8_activations(&q.scheme) => Arithmetic::Int8,
+            WeightData::Exl3(q) if !self.exact && q.codebook == Codebook::Mul1 => Arithmetic::Int16,
             _ => Arithmetic::F32,
         }
     }

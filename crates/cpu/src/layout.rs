@@ -14,7 +14,7 @@ pub(crate) mod grid;
 
 use half::f16;
 use marlin_formats::pack::Layout;
-use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift};
+use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift, load_f32};
 use marlin_ops::activation::ACTIVATION_BLOCK;
 use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
 
@@ -406,8 +406,7 @@ fn tile_scales(matrix: &QuantizedMatrix, stored: &[u16], supers: &[u16], groups:
         }
         ScaleKind::F32 => {
             let (pairs, _) = stored.as_chunks::<2>();
-            let value = |[low, high]: [u16; 2]| f32::from_bits(u32::from(low) | u32::from(high) << 16);
-            Scales::F32(tile_rows(pairs, n, groups, value).into_iter().map(Line).collect())
+            Scales::F32(tile_rows(pairs, n, groups, |pair| load_f32(&pair, 0)).into_iter().map(Line).collect())
         }
         ScaleKind::F16U8 | ScaleKind::F16I8 => {
             let per_block = SUPER_BLOCK / matrix.scheme.group_size;

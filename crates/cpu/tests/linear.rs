@@ -3,11 +3,13 @@
 mod common;
 
 use common::{Computation, check, normals, poisoned, upload, upload_ids};
+use marlin_cpu::{Cpu, CpuOptions};
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::{DType, Format, Group, QuantizedMatrix, ScaleKind, Scheme, Shift, StoredGroups};
+use marlin_ops::convert::{DequantizeArgs, WeightOrder};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
 use marlin_ops::rng::{Stream, random_word};
-use marlin_ops::{Backend, HostTensor, Linear, Result, Weight};
+use marlin_ops::{Backend, ConvertOps, Device, HostTensor, Linear, LinearOps, Result, Weight};
 
 struct Product {
     weight: Weight,
@@ -324,6 +326,36 @@ impl Computation for Embedding {
         let mut out = poisoned(device, &[4, self.0.in_features()])?;
         device.embedding(EmbeddingArgs { ids: &ids, table: &Linear::new(device, self.0.clone())?, out: &mut out })?;
         device.read_f64(&out)
+    }
+}
+
+/// Blocks of outputs and of inputs that are cut off, and a start within a block.
+#[test]
+fn exl3_weights_decode_to_the_same_bits() {
+    let (n, k) = (200, 300);
+    for codebook in Codebook::ALL {
+        for bits in 1..=8 {
+            let weight = exl3(codebook, bits, n, k);
+            let expected = weight.to_f32().unwrap();
+            for exact in [true, false] {
+                // Plain code on every instruction set.
+                let cpu = Cpu::new(CpuOptions { exact, ..CpuOptions::default() }).unwrap();
+                let what = format!("{codebook:?} {bits} bits exact {exact}");
+                let weight = Linear::new(&cpu, weight.clone()).unwrap();
+                let rows = [0usize, 199, 127, 128];
+                let ids = upload_ids(&cpu, &[4], &rows.map(|row| row as u32)).unwrap();
+                let mut out = poisoned(&cpu, &[4, k]).unwrap();
+                cpu.embedding(EmbeddingArgs { ids: &ids, table: &weight, out: &mut out }).unwrap();
+                let table = rows.map(|row| &expected[row * k..][..k]).concat();
+                assert_eq!(cpu.read_f32(&out).unwrap(), table, "embedding of {what}");
+
+                let first = 100;
+                let mut out = poisoned(&cpu, &[n - first, k]).unwrap();
+                let order = WeightOrder::OutputMajor;
+                cpu.dequantize(DequantizeArgs { weight: &weight, first, order, out: &mut out }).unwrap();
+                assert_eq!(cpu.read_f32(&out).unwrap(), expected[first * k..], "dequantize of {what}");
+            }
+        }
     }
 }
 

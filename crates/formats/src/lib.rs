@@ -6,7 +6,7 @@
 //! - packed words: [`pack`];
 //! - [`Format`], what it stores ([`Levels`], [`ScaleKind`], [`Shift`]), and [`Scheme`], with its group size along K;
 //! - [`Group`], the stored scale and zero or offset of one group, and the rules that choose and read them;
-//! - [`StoredGroups`], the groups of an imported matrix as its checkpoint stores them;
+//! - [`StoredGroups`], the groups of an imported matrix as its checkpoint stores them; [`load_f32`] and [`store_f32`];
 //! - [`QuantizedMatrix`], one weight matrix in the native K-major layout;
 //! - [`exl3`]: trellis codes, whose matrices are not grouped;
 //! - [`grid`]: scalar grid codes in tiles, with signs of inputs and outputs;
@@ -38,4 +38,4 @@ pub use format::Format;
 pub use group::Group;
 pub use matrix::QuantizedMatrix;
 pub use scheme::Scheme;
-pub use stored::StoredGroups;
+pub use stored::{StoredGroups, load_f32, store_f32};

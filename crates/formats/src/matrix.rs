@@ -168,7 +168,8 @@ impl QuantizedMatrix {
         self.read_group(n, g)
     }
 
-    /// The dense weight, `[N, K]` row-major, each element `value(code, zero) * scale` in f32.
+    /// The dense weight, `[N, K]` row-major, each element `value(code, zero) * scale` in f32, plus the group's offset
+    /// where the format has offsets: a second rounding.
     ///
     /// # Errors
     /// As [`QuantizedMatrix::validate`].

@@ -143,13 +143,19 @@ fn transpose<T: Copy>(
     Ok(())
 }
 
-/// Value `at` of f32 values stored as halves, the low one first.
-fn load_f32(halves: &[u16], at: usize) -> f32 {
+/// Value `at` of f32 values that are stored as words of 16 bits, the low one first.
+///
+/// # Panics
+/// When there is no such value, as slice indexing does.
+pub fn load_f32(halves: &[u16], at: usize) -> f32 {
     f32::from_bits(u32::from(halves[2 * at]) | u32::from(halves[2 * at + 1]) << 16)
 }
 
 /// The opposite of [`load_f32`].
-pub(crate) fn store_f32(halves: &mut [u16], at: usize, value: f32) {
+///
+/// # Panics
+/// As [`load_f32`].
+pub fn store_f32(halves: &mut [u16], at: usize, value: f32) {
     halves[2 * at] = value.to_bits() as u16;
     halves[2 * at + 1] = (value.to_bits() >> 16) as u16;
 }

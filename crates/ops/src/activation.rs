@@ -1,4 +1,6 @@
-//! Activations as int8 for dot-product instructions: the one definition of what the fast CPU mode rounds.
+//! Activations as int8 for dot-product instructions: what the fast CPU mode rounds for formats of integer codes,
+//! defined once for its kernels and for the oracle. What its kernels of EXL3 weights round is theirs: it stays within
+//! the tolerance of that format, and the oracle knows nothing of it.
 
 use marlin_formats::{Levels, Scheme};
 
@@ -26,7 +28,8 @@ pub fn quantize_activation_block(x: &[f32], codes: &mut [i8]) -> f32 {
 }
 
 /// True for the schemes whose levels are small integers (times a constant), which the fast mode multiplies with int8
-/// activations, in groups of whole blocks, or of half a block where the format fixes them; all others take f32 activations in both modes.
+/// activations, in groups of whole blocks, or of half a block where the format fixes them; all other schemes take f32
+/// activations in both modes.
 pub fn takes_int8_activations(scheme: &Scheme) -> bool {
     let integer_codes = match scheme.format.levels() {
         Levels::E2m1 | Levels::Signed8 | Levels::Minus { .. } => true,

@@ -40,6 +40,8 @@ pub enum Arithmetic {
     F32,
     /// Integer codes times int8 activations ([`crate::activation`]).
     Int8,
+    /// Integer values of a codebook times i16 activations.
+    Int16,
 }
 
 /// An operation as the profiler tells it from others.
@@ -78,6 +80,8 @@ pub struct Cost {
     pub f32_flops: u64,
     /// Multiplications and additions of int8 dot products.
     pub int8_flops: u64,
+    /// Multiplications and additions of i16 dot products.
+    pub int16_flops: u64,
 }
 
 impl Cost {
@@ -88,7 +92,7 @@ impl Cost {
 
     /// All multiplications and additions.
     pub fn flops(&self) -> u64 {
-        self.f32_flops + self.int8_flops
+        self.f32_flops + self.int8_flops + self.int16_flops
     }
 
     pub(crate) fn add_activations<D: Device>(mut self, tensors: &[&Tensor<D>]) -> Self {
@@ -110,6 +114,7 @@ impl Cost {
         match arithmetic {
             Arithmetic::F32 => self.f32_flops += flops as u64,
             Arithmetic::Int8 => self.int8_flops += flops as u64,
+            Arithmetic::Int16 => self.int16_flops += flops as u64,
         }
         self
     }
@@ -122,6 +127,7 @@ impl std::ops::AddAssign for Cost {
         self.activation_bytes += other.activation_bytes;
         self.f32_flops += other.f32_flops;
         self.int8_flops += other.int8_flops;
+        self.int16_flops += other.int16_flops;
     }
 }
 
@@ -132,7 +138,8 @@ pub struct Roofline {
     pub read_bytes_per_s: f64,
     /// f32 multiplications and additions per second (two for each fused one).
     pub f32_flops_per_s: f64,
-    /// 8-bit multiplications and additions per second of dot products (two for each product).
+    /// 8-bit multiplications and additions per second of dot products (two for each product); of 16-bit ones, of which a
+    /// register holds half as many, half of that.
     pub int8_ops_per_s: f64,
 }
 
@@ -141,8 +148,8 @@ impl Roofline {
     /// than from memory, so that a small operation may take less than this.
     pub fn least_seconds(&self, cost: &Cost) -> f64 {
         let memory = cost.bytes() as f64 / self.read_bytes_per_s;
-        let arithmetic = cost.f32_flops as f64 / self.f32_flops_per_s + cost.int8_flops as f64 / self.int8_ops_per_s;
-        memory.max(arithmetic)
+        let integer = cost.int8_flops as f64 + 2.0 * cost.int16_flops as f64;
+        memory.max(cost.f32_flops as f64 / self.f32_flops_per_s + integer / self.int8_ops_per_s)
     }
 }
 
@@ -253,7 +260,14 @@ mod tests {
     #[test]
     fn the_slower_of_memory_and_arithmetic_bounds() {
         let roofline = Roofline { read_bytes_per_s: 10.0, f32_flops_per_s: 100.0, int8_ops_per_s: 400.0 };
-        let cost = Cost { weight_bytes: 10, cache_bytes: 5, activation_bytes: 5, f32_flops: 100, int8_flops: 200 };
+        let cost = Cost {
+            weight_bytes: 10,
+            cache_bytes: 5,
+            activation_bytes: 5,
+            f32_flops: 100,
+            int8_flops: 100,
+            int16_flops: 50,
+        };
         assert_eq!(roofline.least_seconds(&cost), 2.0);
         assert_eq!(roofline.least_seconds(&Cost { f32_flops: 200, ..cost }), 2.5);
     }

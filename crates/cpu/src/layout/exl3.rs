@@ -75,21 +75,13 @@ impl Exl3 {
         row
     }
 
-    /// Effective weights of output `n`, as [`Exl3Matrix::decode`] computes them.
+    /// Effective weights of output `n`.
     pub(super) fn column(&self, n: usize, out: &mut [f32]) {
-        let (n0, svh) = (n / HADAMARD * HADAMARD, f64::from(self.svh[n]));
-        for (block, out) in out.chunks_mut(HADAMARD).enumerate() {
-            let k0 = block * HADAMARD;
-            let mut values = std::array::from_fn(|k| self.rotated_row(k0 + k, n0)[n - n0]);
-            hadamard(&mut values);
-            for ((out, value), &suh) in out.iter_mut().zip(values).zip(&self.suh[k0..]) {
-                *out = (f64::from(suh) * value * svh) as f32;
-            }
-        }
+        self.columns(n, out.len(), &mut vec![0.0; HADAMARD * HADAMARD], out);
     }
 
-    /// [`Exl3::column`] of the `out.len() / in_features` outputs from `n`, all of one Hadamard block, `[n][k]`.
-    /// `block` holds 128 x 128 numbers.
+    /// Effective weights of the `out.len() / in_features` outputs from `n`, all of one Hadamard block, `[n][k]`, as
+    /// [`Exl3Matrix::decode`] computes them. `block` holds 128 x 128 numbers.
     pub(crate) fn columns(&self, n: usize, in_features: usize, block: &mut [f64], out: &mut [f32]) {
         let (n0, first) = (n / HADAMARD * HADAMARD, n % HADAMARD);
         let (block, _) = block.as_chunks_mut::<HADAMARD>();

@@ -27,7 +27,8 @@ impl Avx512 {
         is_x86_feature_detected!("avx512vbmi").then_some(Avx512(()))
     }
 
-    /// The only constructor: proof that the machine has the features that [`Avx512::run`] enables.
+    /// Proof that the machine has the features that [`Avx512::run`] enables; [`Avx512::with_vbmi`], the only other way to
+    /// a value, adds one.
     pub(crate) fn detect() -> Option<Self> {
         let found = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")

@@ -50,8 +50,8 @@ pub enum BatchedWeight<'a, D: Device> {
         /// Rows are those of `W^T`: checkpoint order, or the keys of `Q K^T`.
         transposed: bool,
     },
-    /// 4-bit codes with f16 scales ([`Format`](marlin_formats::Format) fp4_e2m1, int4_u4, int4_s4, nf4). Scales that
-    /// are not finite are not looked for: they show in the result.
+    /// 4-bit codes with f16 scales and no offsets ([`Format`](marlin_formats::Format) fp4_e2m1, int4_u4, int4_s4, nf4,
+    /// iq4_nl). Scales that are not finite are not looked for: they show in the result.
     Quantized {
         /// Format and group size.
         scheme: Scheme,
