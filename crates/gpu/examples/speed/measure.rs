@@ -233,7 +233,7 @@ impl Random {
         let mut scales = |count: usize, around: f32| -> Vec<u16> {
             let mut scale = || {
                 let size = around * (0.5 + self.uniform());
-                f16::from_f32(if self.word() % 2 == 0 { size } else { -size }).to_bits()
+                f16::from_f32(if self.word().is_multiple_of(2) { size } else { -size }).to_bits()
             };
             (0..count).map(|_| scale()).collect()
         };

@@ -70,7 +70,7 @@ pub(super) fn multiply<R: Runtime>(
     let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
     // Rows of bf16 could overflow or vanish in the f16 of the operands.
     let dtype = product.x.dtype();
-    let on_tensor_cores = dtype == DType::F16 && tensor::takes(dtype) && tensor::available(gpu);
+    let on_tensor_cores = tensor::takes(dtype) && tensor::available(gpu);
     if on_tensor_cores && matches!(kernel, None | Some(LinearKernel::Trellis)) {
         let plan = tensor::Plan::new(gpu, product, trellis);
         let partials = gpu.scratch(operation, DType::F32, &[plan.slices, m, n])?;
