@@ -82,7 +82,7 @@ fn tables_are_printed() {
     ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
-    assert_eq!(text.matches("moe moe_expert_mlp int4_s4").count(), 2, "{text}");
+    assert_eq!(text.matches("moe moe_expert_mlp exl3").count(), 2, "{text}");
     let plain = String::from_utf8(stdout(&BENCH)).unwrap();
     assert!(plain.contains("MB per decoded token") && !plain.contains("unaccounted"), "{plain}");
 }
