@@ -143,9 +143,9 @@ def plot(rows):
     markers = iter("os^vDPX*")
     for method, points in series.items():
         points.sort(key=lambda row: row["bits"])
-        line = "-" if method in ("EXL3", "GPTQ, mixed") else ""
+        line = "-" if method in ("EXL3", "GPTQ, mixed") else "none"
         xs, ys = [p["bits"] for p in points], [p["divergence"] for p in points]
-        axes.plot(xs, ys, line, marker=next(markers), label=method)
+        axes.plot(xs, ys, linestyle=line, marker=next(markers), label=method)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("KL divergence from bf16, nats per token")
