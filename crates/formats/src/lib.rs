@@ -10,6 +10,7 @@
 //! - [`QuantizedMatrix`], one weight matrix in the native K-major layout;
 //! - [`exl3`]: trellis codes, whose matrices are not grouped;
 //! - [`grid`]: scalar grid codes in tiles, with signs of inputs and outputs;
+//! - [`hadamard()`], the rotation that trellis formats and quantizers share;
 //! - [`DType`], the element types of stored tensors.
 //!
 //! Throughout, `K` is in_features (the reduction axis), `N` is out_features, and dense weights
@@ -25,6 +26,7 @@ pub mod fp4;
 pub mod fp8;
 pub mod grid;
 mod group;
+mod hadamard;
 mod matrix;
 pub mod normal_float;
 pub mod pack;
@@ -36,6 +38,7 @@ pub use dtype::DType;
 pub use error::FormatError;
 pub use format::Format;
 pub use group::Group;
+pub use hadamard::hadamard;
 pub use matrix::QuantizedMatrix;
 pub use scheme::Scheme;
 pub use stored::{StoredGroups, load_f32, store_f32};

@@ -16,6 +16,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use marlin_formats::hadamard;
+
 use crate::checkpoint::Checkpoint;
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::error::{ModelError, Result};
@@ -83,22 +85,6 @@ impl Basis {
 /// The largest power of two that divides `width` and is not above [`LARGEST_BLOCK`].
 fn block(width: usize) -> usize {
     1 << width.trailing_zeros().min(LARGEST_BLOCK.trailing_zeros())
-}
-
-/// The orthonormal transform of the first axis of `values`, `[power of two, stride]`.
-fn hadamard(values: &mut [f64], stride: usize) {
-    let mut half = stride;
-    while half < values.len() {
-        for pair in values.chunks_exact_mut(2 * half) {
-            let (a, b) = pair.split_at_mut(half);
-            for (a, b) in a.iter_mut().zip(b) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        half *= 2;
-    }
-    let scale = ((values.len() / stride) as f64).sqrt().recip();
-    values.iter_mut().for_each(|value| *value *= scale);
 }
 
 impl Fold {

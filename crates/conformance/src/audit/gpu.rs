@@ -97,9 +97,7 @@ impl<R: Runtime> Variants<Gpu<R>> for GpuVariants {
         let kernel = match kernel {
             ExpertKernel::Parallel => marlin_gpu::ExpertKernel::PARALLEL,
             ExpertKernel::Fused => marlin_gpu::ExpertKernel::FUSED,
-            ExpertKernel::Grouped { m, n, k, accumulate } => {
-                marlin_gpu::ExpertKernel { accumulate, ..grouped(m, n, k) }
-            }
+            ExpertKernel::Grouped { m, n, k } => grouped(m, n, k),
         };
         gpu.moe_expert_mlp_with(args, &kernel)
     }

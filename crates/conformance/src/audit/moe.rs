@@ -344,7 +344,7 @@ fn layer<S: Sink>(operation: &str, settings: &Settings<'_>, sink: &mut S) {
     };
     let routing = rule(scoring, top_k, true);
     let kernel = match settings.tile("tile") {
-        Some(TileShape { m, n, k: Some(k) }) => Some(ExpertKernel::Grouped { m, n, k, accumulate: DType::F32 }),
+        Some(TileShape { m, n, k: Some(k) }) => Some(ExpertKernel::Grouped { m, n, k }),
         _ if settings.has("tokens") => Some(ExpertKernel::Parallel),
         _ => None,
     };

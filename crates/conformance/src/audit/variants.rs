@@ -79,8 +79,6 @@ pub enum ExpertKernel {
         n: usize,
         /// Inputs.
         k: usize,
-        /// F32, or F16 for sums within the depth of a tile.
-        accumulate: DType,
     },
 }
 

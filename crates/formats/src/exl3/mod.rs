@@ -19,18 +19,7 @@ pub use matrix::Exl3Matrix;
 /// Channels that one Hadamard transform mixes, and the multiple that K and N are padded to.
 pub const HADAMARD: usize = 128;
 
-/// Orthonormal Hadamard transform of 128 values in natural (Sylvester) order: `H[i][j] = (-1)^popcount(i & j) / sqrt(128)`.
+/// [`crate::hadamard`] of 128 values.
 pub fn hadamard(x: &mut [f64; HADAMARD]) {
-    let mut width = 1;
-    while width < HADAMARD {
-        for pair in x.chunks_exact_mut(2 * width) {
-            let (first, second) = pair.split_at_mut(width);
-            for (a, b) in first.iter_mut().zip(second) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        width *= 2;
-    }
-    let norm = (HADAMARD as f64).sqrt();
-    x.iter_mut().for_each(|v| *v /= norm);
+    crate::hadamard(x, 1);
 }

@@ -51,9 +51,10 @@ impl Spans {
 
     /// Most spans that a head touches.
     fn len(&self) -> usize {
-        let most = (self.count + HADAMARD - 1).div_ceil(HADAMARD) + usize::from(self.count % HADAMARD != 1);
         let aligned = self.of_head.is_multiple_of(HADAMARD) && self.offset.is_multiple_of(HADAMARD);
-        if aligned { self.count.div_ceil(HADAMARD) } else { most.min(self.channels / HADAMARD) }
+        // At worst the first channel is the last of its span.
+        let before = if aligned { 0 } else { HADAMARD - 1 };
+        (before + self.count).div_ceil(HADAMARD)
     }
 
     /// Transforms of all rows.
@@ -62,60 +63,21 @@ impl Spans {
     }
 }
 
-/// The first channel of a head, and which channel of a row's span a lane's first is.
-#[cube]
-fn channels(head: usize, of_head: u32, offset: u32, span: usize, lane: usize) -> (usize, usize) {
-    let first = head * of_head as usize + offset as usize;
-    (first, (first / HADAMARD + span) * HADAMARD + lane * CHANNELS)
+/// What [`rotate`] is compiled for.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+struct RotateConfig {
+    x: Storage,
+    out: Storage,
+    back: bool,
+    planes: bool,
 }
 
-/// `out [rows H, spans, 128] = had(x * scale)`, x `[rows H, stride]` with the channels of the head from 0 on.
+/// Between rows `[rows H, stride]`, with the channels of the head from 0 on, and spans `[rows H, spans, 128]`: there
+/// `out = had(x * scale)`, or back `out = had(x) * scale`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn rotate_rows<X: Numeric>(
+fn rotate<X: Numeric, O: Numeric>(
     x: &[X],
-    scale: &[f16],
-    out: &mut [f32],
-    rows: u32,
-    heads: u32,
-    of_head: u32,
-    offset: u32,
-    count: u32,
-    all: u32,
-    stride: u32,
-    spans: u32,
-    #[comptime] storage: Storage,
-    #[comptime] planes: bool,
-    #[define(X)] _element: ElemType,
-) {
-    let at = CUBE_POS * BLOCKS + UNIT_POS as usize / LANES;
-    let lane = UNIT_POS as usize % LANES;
-    let row = at / spans as usize;
-    let known = row < (rows * heads) as usize;
-    let (first, channel) = channels(row % heads as usize, of_head, offset, at % spans as usize, lane);
-    let mut values = Array::<f32>::new(CHANNELS);
-    #[unroll]
-    for i in 0..CHANNELS {
-        let channel = channel + i;
-        let inside = known && channel >= first && channel < first + count as usize && channel < all as usize;
-        let from = select(inside, row * stride as usize + channel - first, 0usize);
-        let value = load::<X>(x, from, storage) * f32::cast_from(scale[select(inside, channel, 0usize)]);
-        values[i] = select(inside, value, f32::new(0.0));
-    }
-    transform(&mut values, planes);
-    if known {
-        #[unroll]
-        for i in 0..CHANNELS {
-            out[at * HADAMARD + lane * CHANNELS + i] = values[i] * NORM;
-        }
-    }
-}
-
-/// `out [rows H, stride]`, the channels of the head from 0 on, of `had(x) * scale`, x `[rows H, spans, 128]`.
-#[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
-fn rotate_back<O: Numeric>(
-    x: &[f32],
     scale: &[f16],
     out: &mut [O],
     rows: u32,
@@ -126,28 +88,42 @@ fn rotate_back<O: Numeric>(
     all: u32,
     stride: u32,
     spans: u32,
-    #[comptime] storage: Storage,
-    #[comptime] planes: bool,
-    #[define(O)] _element: ElemType,
+    #[comptime] c: RotateConfig,
+    #[define(X, O)] _elements: [ElemType; 2],
 ) {
     let at = CUBE_POS * BLOCKS + UNIT_POS as usize / LANES;
     let lane = UNIT_POS as usize % LANES;
     let row = at / spans as usize;
     let known = row < (rows * heads) as usize;
-    let (first, channel) = channels(row % heads as usize, of_head, offset, at % spans as usize, lane);
-    let from = select(known, at, 0usize) * HADAMARD + lane * CHANNELS;
+    let first = row % heads as usize * of_head as usize + offset as usize;
+    let first_channel = (first / HADAMARD + at % spans as usize) * HADAMARD + lane * CHANNELS;
+    let in_spans = at * HADAMARD + lane * CHANNELS;
     let mut values = Array::<f32>::new(CHANNELS);
     #[unroll]
     for i in 0..CHANNELS {
-        values[i] = x[from + i];
+        let channel = first_channel + i;
+        let inside = known && channel >= first && channel < first + count as usize && channel < all as usize;
+        if comptime!(c.back) {
+            values[i] = load::<X>(x, select(known, in_spans + i, 0usize), c.x);
+        } else {
+            let from = select(inside, row * stride as usize + channel - first, 0usize);
+            let value = load::<X>(x, from, c.x) * f32::cast_from(scale[select(inside, channel, 0usize)]);
+            values[i] = select(inside, value, f32::new(0.0));
+        }
     }
-    transform(&mut values, planes);
+    transform(&mut values, c.planes);
     #[unroll]
     for i in 0..CHANNELS {
-        let channel = channel + i;
-        if known && channel >= first && channel < first + count as usize && channel < all as usize {
-            let value = values[i] * NORM * f32::cast_from(scale[channel]);
-            store::<O>(out, row * stride as usize + channel - first, value, storage);
+        let channel = first_channel + i;
+        let inside = known && channel >= first && channel < first + count as usize && channel < all as usize;
+        let value = values[i] * NORM;
+        if comptime!(!c.back) {
+            if known {
+                store::<O>(out, in_spans + i, value, c.out);
+            }
+        } else if inside {
+            let to = row * stride as usize + channel - first;
+            store::<O>(out, to, value * f32::cast_from(scale[channel]), c.out);
         }
     }
 }
@@ -183,11 +159,11 @@ pub(super) fn absorb<R: Runtime>(
     let latent = Spans::latent(d, weight);
     let rows = d.batch * d.queries * d.heads;
     let rotated = gpu.scratch(OP, DType::F32, &[rows, columns.len() * HADAMARD])?;
-    launch_rotate(gpu, &columns, [args.q, &rotated], d.nope + d.rope, (&weight.zeros, weight.zero_count));
+    launch(gpu, &columns, [args.q, &rotated], d.nope + d.rope, (&weight.zeros, weight.zero_count), false);
     let inner = gpu.scratch(OP, DType::F32, &[rows, weight.padded_in()])?;
     let heads = Heads { count: columns.len() * HADAMARD, rope: 0, ..Heads::of_queries(d) };
     launch_absorb(gpu, weight, &heads, &rotated, &inner);
-    launch_back(gpu, &latent, [&inner, absorbed], d.rank + d.rope, (&weight.scales, weight.scale_count));
+    launch(gpu, &latent, [&inner, absorbed], d.rank + d.rope, (&weight.scales, weight.scale_count), true);
     if d.rope > 0 {
         let storage = Storage::of(args.q.dtype());
         // SAFETY: q and `absorbed` hold `rows` rows of n + R and r + R.
@@ -221,11 +197,11 @@ pub(super) fn value<R: Runtime>(
     let (latent, columns) = (Spans::latent(d, weight), Spans::columns(&Heads::of_values(d), weight));
     let rows = d.batch * d.queries * d.heads;
     let rotated = gpu.scratch(OP, DType::F32, &[rows, weight.padded_in()])?;
-    launch_rotate(gpu, &latent, [sums, &rotated], d.rank, (&weight.scales, weight.scale_count));
+    launch(gpu, &latent, [sums, &rotated], d.rank, (&weight.scales, weight.scale_count), false);
     let inner = gpu.scratch(OP, DType::F32, &[rows, columns.len() * HADAMARD])?;
     let heads = Heads { count: columns.len() * HADAMARD, ..Heads::of_values(d) };
     launch_value(gpu, weight, &heads, &rotated, &inner);
-    launch_back(gpu, &columns, [&inner, args.out], d.value, (&weight.zeros, weight.zero_count));
+    launch(gpu, &columns, [&inner, args.out], d.value, (&weight.zeros, weight.zero_count), true);
     Ok(())
 }
 
@@ -252,19 +228,21 @@ pub(super) fn unfolded<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu
     }))
 }
 
-/// Rows `[rows H, stride]` to spans.
-fn launch_rotate<R: Runtime>(
+/// Enqueues [`rotate`].
+fn launch<R: Runtime>(
     gpu: &Gpu<R>,
     spans: &Spans,
     [x, out]: [&Tensor<Gpu<R>>; 2],
     stride: usize,
     (scale, scales): (&Buffer, usize),
+    back: bool,
 ) {
-    let storage = Storage::of(x.dtype());
-    // SAFETY: x holds rows * H rows of `stride`, out the spans of as many, `scale` all channels; the kernel compares rows
-    // and channels with their numbers.
+    let (x_storage, out_storage) = (Storage::of(x.dtype()), Storage::of(out.dtype()));
+    let config = RotateConfig { x: x_storage, out: out_storage, back, planes: has_planes(gpu) };
+    // SAFETY: one of x and out holds rows * H rows of `stride`, the other the spans of as many, `scale` all channels; the
+    // kernel compares rows and channels with their numbers.
     unsafe {
-        rotate_rows::launch_unchecked::<R>(
+        rotate::launch_unchecked::<R>(
             gpu.client(),
             cubes(spans.blocks().div_ceil(BLOCKS)),
             units(),
@@ -279,43 +257,8 @@ fn launch_rotate<R: Runtime>(
             spans.channels as u32,
             stride as u32,
             spans.len() as u32,
-            storage,
-            has_planes(gpu),
-            storage.elem(),
-        );
-    }
-}
-
-/// Spans to rows `[rows H, stride]`.
-fn launch_back<R: Runtime>(
-    gpu: &Gpu<R>,
-    spans: &Spans,
-    [x, out]: [&Tensor<Gpu<R>>; 2],
-    stride: usize,
-    (scale, scales): (&Buffer, usize),
-) {
-    let storage = Storage::of(out.dtype());
-    // SAFETY: x holds the spans of rows * H rows, out as many rows of `stride`, `scale` all channels; the kernel compares
-    // rows and channels with their numbers.
-    unsafe {
-        rotate_back::launch_unchecked::<R>(
-            gpu.client(),
-            cubes(spans.blocks().div_ceil(BLOCKS)),
-            units(),
-            x.buffer().arg(x.elements()),
-            scale.arg(scales),
-            out.buffer().arg(out.elements()),
-            spans.rows as u32,
-            spans.heads as u32,
-            spans.of_head as u32,
-            spans.offset as u32,
-            spans.count as u32,
-            spans.channels as u32,
-            stride as u32,
-            spans.len() as u32,
-            storage,
-            has_planes(gpu),
-            storage.elem(),
+            config,
+            [x_storage.elem(), out_storage.elem()],
         );
     }
 }
