@@ -6,7 +6,7 @@ use marlin_formats::pack::Layout;
 use super::exl3;
 use crate::layout::grid::Grid;
 use crate::layout::{PackedWeight, Quantized, Scales, Values, high_position};
-use crate::simd::{LANES, Line, Simd};
+use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Input features decoded at once: a panel of this many lines stays in the first-level cache.
 pub(crate) const PANEL: usize = 256;
@@ -22,25 +22,44 @@ pub(crate) fn decode_panel<S: Simd>(
     count: usize,
     panel: &mut [Line<f32>],
 ) {
-    let first = tile * weight.in_features + k0;
-    match &weight.values {
-        Values::F32(lines) => panel[..count].copy_from_slice(&lines[first..first + count]),
-        Values::F16(lines) => {
-            for (out, line) in panel[..count].iter_mut().zip(&lines[first..]) {
-                s.store(s.load_f16(line), &mut out.0);
+    s.outlined(DecodePanel { weight, tile, k0, count, panel });
+}
+
+/// The arguments of [`decode_panel`].
+struct DecodePanel<'a> {
+    weight: &'a PackedWeight,
+    tile: usize,
+    k0: usize,
+    count: usize,
+    panel: &'a mut [Line<f32>],
+}
+
+impl Kernel for DecodePanel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weight, tile, k0, count, panel } = self;
+        let first = tile * weight.in_features + k0;
+        match &weight.values {
+            Values::F32(lines) => panel[..count].copy_from_slice(&lines[first..first + count]),
+            Values::F16(lines) => {
+                for (out, line) in panel[..count].iter_mut().zip(&lines[first..]) {
+                    s.store(s.load_f16(line), &mut out.0);
+                }
             }
-        }
-        Values::BF16(lines) => {
-            for (out, line) in panel[..count].iter_mut().zip(&lines[first..]) {
-                s.store(s.load_bf16(line), &mut out.0);
+            Values::BF16(lines) => {
+                for (out, line) in panel[..count].iter_mut().zip(&lines[first..]) {
+                    s.store(s.load_bf16(line), &mut out.0);
+                }
             }
+            Values::Quantized(q) if q.scheme.format.has_offsets() => {
+                decode_quantized::<S, true>(s, q, tile, k0, count, panel);
+            }
+            Values::Quantized(q) => decode_quantized::<S, false>(s, q, tile, k0, count, panel),
+            Values::Exl3(q) => exl3::decode_panel(s, q, tile, k0, &mut panel[..count]),
+            Values::Grid(q) => decode_grid(s, q, tile, k0, count, panel),
         }
-        Values::Quantized(q) if q.scheme.format.has_offsets() => {
-            decode_quantized::<S, true>(s, q, tile, k0, count, panel);
-        }
-        Values::Quantized(q) => decode_quantized::<S, false>(s, q, tile, k0, count, panel),
-        Values::Exl3(q) => exl3::decode_panel(s, q, tile, k0, &mut panel[..count]),
-        Values::Grid(q) => decode_grid(s, q, tile, k0, count, panel),
     }
 }
 

@@ -57,11 +57,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         true
     }
 
-    /// Runs a kernel as a function of its own, so that it has all registers to itself.
-    #[inline(always)]
-    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
-        kernel.run(self)
-    }
+    /// Runs a kernel as a function of its own, so that it has all registers to itself and is compiled once.
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
 
     fn splat(self, v: f32) -> Self::F;
     fn load(self, v: &[f32; LANES]) -> Self::F;

@@ -117,6 +117,16 @@ impl Simd for Neon {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "neon,dotprod")]
+        #[inline(never)]
+        fn with_features<K: Kernel>(s: Neon, kernel: K) -> K::Output {
+            kernel.run(s)
+        }
+        intrinsic!(with_features(self, kernel))
+    }
+
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         intrinsic!([vdupq_n_f32(v); PARTS])
     }

@@ -1,6 +1,6 @@
 use half::f16;
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
 /// Plain Rust lanes: the definition the other sets are tested against.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn unrolls(self) -> bool {
         false
+    }
+
+    #[inline(never)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
     }
 
     #[inline(always)]

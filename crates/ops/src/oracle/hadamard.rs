@@ -33,10 +33,22 @@ impl Matrix {
         sylvester(i / self.order, j / self.order) * paley
     }
 
-    /// `H x`, or `H^T x`.
+    /// `H x`, or `H^T x`. H is the Kronecker product of a Sylvester matrix and of its own first block, so that large
+    /// orders take two small products.
     fn apply(&self, x: &[f64], transpose: bool) -> Vec<f64> {
-        let entry = |i, j| if transpose { self.entry(j, i) } else { self.entry(i, j) };
-        (0..self.n).map(|i| (0..self.n).map(|j| f64::from(entry(i, j)) * x[j]).sum()).collect()
+        let inner = self.order << (self.n / self.order).trailing_zeros().min(6);
+        let entry = |i, j| f64::from(if transpose { self.entry(j, i) } else { self.entry(i, j) });
+        let within: Vec<f64> = (0..self.n)
+            .map(|i| {
+                let block = &x[i / inner * inner..][..inner];
+                block.iter().enumerate().map(|(j, x)| entry(i % inner, j) * x).sum()
+            })
+            .collect();
+        let across = |i: usize| {
+            let places = within[i % inner..].iter().step_by(inner).enumerate();
+            places.map(|(j, x)| f64::from(sylvester(i / inner, j)) * x).sum()
+        };
+        (0..self.n).map(across).collect()
     }
 }
 
@@ -102,6 +114,19 @@ mod tests {
         // Paley I of order 12: chi of 1..=10 mod 11 is + - + + + - - - + -.
         let column: Vec<i32> = (1..12).map(|i| Matrix::new(12).entry(i, 1)).collect();
         assert_eq!(column, [1, 1, -1, 1, 1, 1, -1, -1, -1, 1, -1]);
+    }
+
+    #[test]
+    fn two_products_are_the_whole_matrix() {
+        for n in [2, 64, 128, 96, 160, 1536, 2048] {
+            let (matrix, x) = (Matrix::new(n), waves(n, 0.7));
+            let x: Vec<f64> = x.into_iter().map(f64::from).collect();
+            for transpose in [false, true] {
+                let entry = |i, j| f64::from(if transpose { matrix.entry(j, i) } else { matrix.entry(i, j) });
+                let whole: Vec<f64> = (0..n).map(|i| (0..n).map(|j| entry(i, j) * x[j]).sum()).collect();
+                assert_close(&matrix.apply(&x, transpose), &whole, 1e-10);
+            }
+        }
     }
 
     fn rotated(x: &[f32], block: usize, kind: HadamardKind, round_trip: bool) -> Vec<f64> {
