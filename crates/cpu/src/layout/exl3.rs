@@ -50,8 +50,16 @@ impl Exl3 {
 
     /// The words of column tile `column`, `bits` for each of its tiles.
     pub(crate) fn column_words(&self, column: usize) -> &[TrellisRow] {
-        let per_column = self.suh.len() / tile::SIDE * self.bits;
-        &self.words[column * per_column..][..per_column]
+        &self.words_from(column)[..self.words_per_column()]
+    }
+
+    /// The words from column tile `column` to the last.
+    pub(crate) fn words_from(&self, column: usize) -> &[TrellisRow] {
+        &self.words[column * self.words_per_column()..]
+    }
+
+    fn words_per_column(&self) -> usize {
+        self.suh.len() / tile::SIDE * self.bits
     }
 
     /// The decoded weight of a row and a column between the two rotations.

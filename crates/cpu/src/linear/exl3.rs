@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use marlin_formats::exl3::{Codebook, HADAMARD, tile};
 
+use super::decode::PANEL;
 use super::{Activations, Panels, Rows, SPREAD_ELEMENTS, exact};
 use crate::Cpu;
 use crate::layout::PackedWeight;
@@ -405,13 +406,18 @@ impl<const BITS: usize, const ROUND: bool> Kernel for HalfSums<'_, BITS, ROUND> 
         for (tile, lines) in self.tiles.iter().zip(self.panel.as_chunks_mut::<{ tile::SIDE }>().0) {
             for_pairs!(s, |pair| {
                 for (state, line) in s.trellis_states(tile, pair).into_iter().zip(&mut lines[2 * pair..]) {
-                    let x = s.add_i(s.mul_i(state, multiplier), increment);
-                    let value = s.add(upper_half(s, x), upper_half(s, s.shl(x, 16)));
+                    let value = sum_halves(s, s.add_i(s.mul_i(state, multiplier), increment));
                     s.store(if ROUND { s.round_f16(value) } else { value }, &mut line.0);
                 }
             });
         }
     }
+}
+
+/// Sum of the two f16 that a codebook makes of the halves of each lane; it is exact.
+#[inline(always)]
+fn sum_halves<S: Simd>(s: S, x: S::I) -> S::F {
+    s.add(upper_half(s, x), upper_half(s, s.shl(x, 16)))
 }
 
 /// The f16 with bits `(x >> 16 & 0x8FFF) ^ 0x3B60` as f32: the sign, two bits of the exponent and the mantissa move to
@@ -445,10 +451,10 @@ impl Kernel for CodeSpan<'_> {
         let Self { q, span, x, codes, acc } = self;
         let rows = acc.len() / SPAN;
         for (t, acc) in acc.chunks_exact_mut(rows).enumerate() {
-            let words = q.column_words(SPAN * span + t);
+            let column = SPAN * span + t;
             match acc {
-                [acc] => *acc = with_bits!(q.bits, one_row::<S>(s, words, x.row(0))),
-                _ => multiply_codes(s, q.bits, words, x, codes, acc),
+                [acc] => *acc = with_bits!(q.bits, one_row::<S>(s, q.words_from(column), x.row(0))),
+                _ => multiply_codes(s, q.bits, q.column_words(column), x, codes, acc),
             }
         }
         rotate_back(s, &q.svh[span * HADAMARD..], acc);
@@ -476,12 +482,26 @@ const BLOCK_TILES: usize = HADAMARD / tile::SIDE;
 
 #[inline(always)]
 fn one_row<S: Simd, const BITS: usize>(s: S, words: &[TrellisRow], x: &[RotatedBlock]) -> Line<f32> {
-    s.outlined(OneRow::<BITS> { blocks: words.as_chunks::<BITS>().0.as_chunks().0, x })
+    s.outlined(OneRow::<BITS> { words, x })
+}
+
+/// Rows of words that are fetched ahead of their use.
+const AHEAD: usize = 128;
+/// Rows of words in a cache line.
+const ROWS_PER_LINE: usize = 2;
+
+/// Starts to fetch what is used a while after tile `tile`.
+#[inline(always)]
+fn fetch_ahead<S: Simd, const BITS: usize>(s: S, words: &[TrellisRow], tile: usize) {
+    for row in (0..BITS).step_by(ROWS_PER_LINE) {
+        s.prefetch(words, tile * BITS + AHEAD + row);
+    }
 }
 
 /// One row straight from the packed words.
 struct OneRow<'a, const BITS: usize> {
-    blocks: &'a [[[TrellisRow; BITS]; BLOCK_TILES]],
+    /// Those of the column, and what follows it.
+    words: &'a [TrellisRow],
     x: &'a [RotatedBlock],
 }
 
@@ -491,15 +511,19 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Line<f32> {
         let (mut acc, mut rest) = (s.splat(0.0), 0.0);
-        for (tiles, x) in self.blocks.iter().zip(self.x) {
-            // Two chains: their sum is exact, whatever the order.
-            let mut dots = [s.splat_i(x.start), s.splat_i(0)];
-            for (tile, x) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0) {
+        let blocks: &[[[TrellisRow; BITS]; BLOCK_TILES]] = self.words.as_chunks().0.as_chunks().0;
+        for (b, (tiles, x)) in blocks.iter().zip(self.x).enumerate() {
+            // Four chains: their sum is exact, whatever the order.
+            let zero = s.splat_i(0);
+            let mut dots = [s.splat_i(x.start), zero, zero, zero];
+            for (i, (tile, x)) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0).enumerate() {
+                fetch_ahead::<S, BITS>(s, self.words, b * BLOCK_TILES + i);
                 for_pairs!(s, |pair| {
-                    dots[pair % 2] = s.dot2(dots[pair % 2], sum_pairs(s, tile, pair), x[pair]);
+                    dots[pair % 4] = s.dot2(dots[pair % 4], sum_pairs(s, tile, pair), x[pair]);
                 });
             }
-            acc = s.fma(s.to_f32(s.add_i(dots[0], dots[1])), s.splat(x.scale), acc);
+            let dot = s.add_i(s.add_i(dots[0], dots[1]), s.add_i(dots[2], dots[3]));
+            acc = s.fma(s.to_f32(dot), s.splat(x.scale), acc);
             rest += x.rest;
         }
         let mut out = Line::default();
@@ -630,10 +654,68 @@ impl Kernel for FloatSpan<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let rows = self.acc.len() / SPAN;
+        let from_words = self.q.codebook != Codebook::Mul1 && !self.q.rounds;
         for (t, acc) in self.acc.chunks_exact_mut(rows).enumerate() {
-            exact::multiply(s, self.weight, SPAN * self.span + t, self.x, self.floats, acc);
+            let column = SPAN * self.span + t;
+            match acc {
+                [acc] if from_words => {
+                    *acc = with_bits!(self.q.bits, one_row_of_halves::<S>(s, self.q, column, self.x.row(0)))
+                }
+                _ => exact::multiply(s, self.weight, column, self.x, self.floats, acc),
+            }
         }
         rotate_back(s, &self.q.svh[self.span * HADAMARD..], self.acc);
+    }
+}
+
+#[inline(always)]
+fn one_row_of_halves<S: Simd, const BITS: usize>(s: S, q: &Exl3, column: usize, x: &[f32]) -> Line<f32> {
+    let words = q.words_from(column);
+    if S::WIDE {
+        s.outlined(OneRowOfHalves::<BITS, 4> { codebook: q.codebook, words, x })
+    } else {
+        s.outlined(OneRowOfHalves::<BITS, 2> { codebook: q.codebook, words, x })
+    }
+}
+
+/// One row of f32 straight from the packed words, in the chains and panels of [`exact::multiply`], whose result it has.
+struct OneRowOfHalves<'a, const BITS: usize, const CHAINS: usize> {
+    codebook: Codebook,
+    /// Those of the column, and what follows it.
+    words: &'a [TrellisRow],
+    x: &'a [f32],
+}
+
+impl<const BITS: usize, const CHAINS: usize> Kernel for OneRowOfHalves<'_, BITS, CHAINS> {
+    type Output = Line<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Line<f32> {
+        let multiplier = s.splat_i(self.codebook.multiplier() as i32);
+        let increment = s.splat_i(self.codebook.increment() as i32);
+        let tiles = self.words.as_chunks::<BITS>().0;
+        let mut acc = s.splat(0.0);
+        for (p, x) in self.x.chunks(PANEL).enumerate() {
+            let mut sums = [s.splat(0.0); CHAINS];
+            let first = p * PANEL / tile::SIDE;
+            for (i, (tile, x)) in tiles[first..].iter().zip(x.as_chunks::<{ tile::SIDE }>().0).enumerate() {
+                fetch_ahead::<S, BITS>(s, self.words, first + i);
+                for_pairs!(s, |pair| {
+                    for (state, k) in s.trellis_states(tile, pair).into_iter().zip(2 * pair..) {
+                        let value = sum_halves(s, s.add_i(s.mul_i(state, multiplier), increment));
+                        sums[k % CHAINS] = s.fma(s.splat(x[k]), value, sums[k % CHAINS]);
+                    }
+                });
+            }
+            let mut total = sums[0];
+            for &sum in &sums[1..] {
+                total = s.add(total, sum);
+            }
+            acc = s.add(acc, total);
+        }
+        let mut out = Line::default();
+        s.store(acc, &mut out.0);
+        out
     }
 }
 
