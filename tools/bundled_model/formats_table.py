@@ -53,7 +53,7 @@ def jobs():
     for bits in MIXED_BITS:
         yield f"int, {bits} bits", "GPTQ, mixed", ["--format", "int", "--bits", bits, *calibrated]
     for bits in EXL3_BITS:
-        yield f"exl3, {bits} bits", "EXL3", ["--format", "exl3", "--bits", bits, *calibrated]
+        yield f"exl3, {bits} bits", "EXL3", ["--format", "exl3", "--codebook", "mcg", "--bits", bits, *calibrated]
 
 
 def marlin(*arguments):

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
 use marlin_ops::sampling::{LogitsProcess, SampleFilter};
 
@@ -180,4 +181,12 @@ fn probability(text: &str) -> Result<f32, String> {
 
 fn open_probability(text: &str) -> Result<f32, String> {
     checked(text, |v| v > 0.0 && v < 1.0, "in (0, 1)")
+}
+
+/// `--codebook`.
+pub fn codebook(text: &str) -> Result<Codebook, String> {
+    Codebook::from_name(text).ok_or_else(|| {
+        let names = Codebook::ALL.map(Codebook::name);
+        format!("must be one of {}", names.join(", "))
+    })
 }

@@ -222,6 +222,8 @@ fn absent_things_are_named() {
     assert_fails(&["perplexity", "--text", "no-such.txt"], &["no-such.txt"]);
     assert_fails(&["inspect", "no/such/model"], &["no/such/model"]);
     assert_fails(&["synth", "gpt-9", "out"], &["gpt-9", "qwen3-0.6b", "glm-4.7-flash"]);
+    assert_fails(&["synth", "tiny-qwen3", "out", "--format", "exl3"], &["--format exl3 needs --bits"]);
+    assert_fails(&["synth", "tiny-qwen3", "out", "--format", "int4", "--bits", "3"], &["belong to --format exl3"]);
 
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors"] {

@@ -32,6 +32,6 @@ pub use modules::{LinearModule, ModuleKind, VectorTensor};
 pub use observe::{ActivationObserver, CalibrationModel};
 pub use quantization::QuantizationConfig;
 pub use scratch::Scratch;
-pub use synth::{HeadFormat, SynthOptions, synth, synth_config, synth_presets};
+pub use synth::{HeadFormat, SynthOptions, SynthTrellis, synth, synth_config, synth_presets};
 pub use tokenizer::{StreamDecoder, Tokenizer};
 pub use writer::{WriteSummary, Writer};

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use half::f16;
+use marlin_formats::exl3::{Codebook, HADAMARD, tile};
 use marlin_formats::{DType, Format, Scheme};
 use serde_json::{Value, json};
 
@@ -30,11 +32,22 @@ pub enum HeadFormat {
     Native(Format),
 }
 
+/// Random trellis codes instead of a native format: linear layers, and an untied head, are EXL3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SynthTrellis {
+    /// Bits a weight, 1 to 8.
+    pub bits: u32,
+    /// How states become values.
+    pub codebook: Codebook,
+}
+
 /// What [`synth`] makes of a preset. `None` keeps the preset's value.
 #[derive(Clone, Debug)]
 pub struct SynthOptions {
     /// Format of the linear layers; `None` for plain weights. Norms, routers and an untied embedding stay plain.
     pub format: Option<Format>,
+    /// EXL3 instead of a format.
+    pub trellis: Option<SynthTrellis>,
     /// Group size along K; the format's default when absent.
     pub group_size: Option<usize>,
     /// The output head.
@@ -63,6 +76,7 @@ impl Default for SynthOptions {
     fn default() -> Self {
         Self {
             format: None,
+            trellis: None,
             group_size: None,
             head: HeadFormat::Same,
             dtype: DType::BF16,
@@ -113,7 +127,7 @@ pub fn synth(
     let modules = config.linear_modules();
     let plan = Plan::new(&config, options, &modules)?;
     if let (Some(quantization), Value::Object(fields)) = (&plan.quantization, &mut json) {
-        fields.insert("quantization_config".into(), quantization.to_json());
+        fields.insert("quantization_config".into(), quantization.clone());
     }
     let vectors = config.vector_tensors();
     let total = modules.len() + vectors.len();
@@ -122,7 +136,7 @@ pub fn synth(
         synthesizer.writer.copy_assets(from)?;
     }
     for (i, module) in modules.iter().enumerate() {
-        synthesizer.linear(module, plan.scheme(module))?;
+        synthesizer.linear(module, plan.storage(module))?;
         progress(i + 1, total);
     }
     for (i, vector) in vectors.iter().enumerate() {
@@ -170,16 +184,57 @@ fn configure(mut config: Value, options: &SynthOptions) -> Value {
     presets::with(config, json!({"torch_dtype": dtype, "use_cache": true}))
 }
 
-/// Which module gets which scheme.
+/// How a linear module is stored, if not plain.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Storage {
+    Native(Scheme),
+    Trellis(SynthTrellis),
+}
+
+/// Which module gets which storage.
 struct Plan {
-    quantization: Option<QuantizationConfig>,
-    body: Option<Scheme>,
-    head: Option<Scheme>,
+    /// `quantization_config`.
+    quantization: Option<Value>,
+    body: Option<Storage>,
+    head: Option<Storage>,
     tied: bool,
 }
 
 impl Plan {
     fn new(config: &ModelConfig, options: &SynthOptions, modules: &[LinearModule]) -> Result<Self> {
+        let mut plan = Self { quantization: None, body: None, head: None, tied: config.tie_word_embeddings };
+        match options.trellis {
+            Some(trellis) => plan.choose_trellis(options, trellis)?,
+            None => plan.choose_format(options, modules)?,
+        }
+        Ok(plan)
+    }
+
+    fn choose_trellis(&mut self, options: &SynthOptions, trellis: SynthTrellis) -> Result<()> {
+        let SynthTrellis { bits, codebook } = trellis;
+        if !(1..=8).contains(&bits) {
+            return Err(ModelError::request("bits", format!("{bits} is not 1 to 8")));
+        }
+        if options.format.is_some() || options.group_size.is_some() {
+            return Err(ModelError::request("format", "EXL3 has no other format and no groups"));
+        }
+        self.body = Some(Storage::Trellis(trellis));
+        self.head = match options.head {
+            HeadFormat::Same => self.body,
+            HeadFormat::Plain => None,
+            HeadFormat::Native(format) => {
+                return Err(ModelError::request("lm_head", format!("{format} cannot stand beside EXL3")));
+            }
+        };
+        let head_bits = if self.head.is_some() { bits } else { 16 };
+        self.quantization = Some(json!({
+            "quant_method": "exl3", "version": env!("CARGO_PKG_VERSION"), "bits": f64::from(bits), "head_bits": head_bits,
+            "codebook": codebook.name(),
+        }));
+        Ok(())
+    }
+
+    fn choose_format(&mut self, options: &SynthOptions, modules: &[LinearModule]) -> Result<()> {
         let request = |e: marlin_formats::FormatError| ModelError::request("group size", e.to_string());
         let body = match (options.format, options.group_size) {
             (None, _) => None,
@@ -191,15 +246,15 @@ impl Plan {
             HeadFormat::Plain => None,
             HeadFormat::Native(format) => Some(Scheme::with_default_group(format)),
         };
-        let mut plan = Self { quantization: None, body, head, tied: config.tie_word_embeddings };
-        let Some(default) = plan.body.or(plan.head) else {
-            return Ok(plan);
+        (self.body, self.head) = (body.map(Storage::Native), head.map(Storage::Native));
+        let Some(default) = body.or(head) else {
+            return Ok(());
         };
         // Routers by a pattern, since there may be dozens; everything else plain by name.
         let mut ignore = Vec::new();
         let mut overrides = BTreeMap::new();
         for module in modules {
-            match plan.scheme(module) {
+            match self.storage(module) {
                 None if module.kind == ModuleKind::Router => {
                     let routers = r"re:model\.layers\.\d+\.mlp\.gate$";
                     if !ignore.iter().any(|i| i == routers) {
@@ -207,20 +262,21 @@ impl Plan {
                     }
                 }
                 None => ignore.push(module.name.clone()),
-                Some(scheme) if scheme != default => {
+                Some(Storage::Native(scheme)) if scheme != default => {
                     overrides.insert(module.name.clone(), scheme);
                 }
                 Some(_) => {}
             }
         }
-        plan.quantization = Some(QuantizationConfig::new(default, overrides, &ignore)?);
-        Ok(plan)
+        self.quantization = Some(QuantizationConfig::new(default, overrides, &ignore)?.to_json());
+        Ok(())
     }
 
-    fn scheme(&self, module: &LinearModule) -> Option<Scheme> {
+    fn storage(&self, module: &LinearModule) -> Option<Storage> {
         match module.kind {
             ModuleKind::Router => None,
-            ModuleKind::Embedding if self.tied => self.head,
+            // Rows of a trellis cannot be looked up one by one.
+            ModuleKind::Embedding if self.tied => self.head.filter(|storage| matches!(storage, Storage::Native(_))),
             ModuleKind::Embedding => None,
             ModuleKind::LmHead => self.head,
             _ => self.body,
@@ -236,11 +292,12 @@ struct Synthesizer<'a> {
 }
 
 impl Synthesizer<'_> {
-    fn linear(&mut self, module: &LinearModule, scheme: Option<Scheme>) -> Result<()> {
+    fn linear(&mut self, module: &LinearModule, storage: Option<Storage>) -> Result<()> {
         let (n, k) = (module.out_features, module.in_features);
         let deviation = (k as f32).sqrt().recip();
-        match scheme {
-            Some(scheme) => self.matrix(&module.name, &RandomMatrix::new(scheme, n, k, deviation))?,
+        match storage {
+            Some(Storage::Native(scheme)) => self.matrix(&module.name, &RandomMatrix::new(scheme, n, k, deviation))?,
+            Some(Storage::Trellis(trellis)) => self.trellis(&module.name, trellis, n, k, deviation)?,
             None => self.normal(&format!("{}.weight", module.name), &[n, k], deviation)?,
         }
         match module.bias {
@@ -271,6 +328,26 @@ impl Synthesizer<'_> {
         Ok(())
     }
 
+    /// Every word is a valid one; the values of the codebooks have a deviation of about 1.
+    fn trellis(&mut self, module: &str, trellis: SynthTrellis, n: usize, k: usize, deviation: f32) -> Result<()> {
+        let SynthTrellis { bits, codebook } = trellis;
+        let name = |suffix: &str| format!("{module}.{suffix}");
+        let [k, n] = [k, n].map(|size| size.next_multiple_of(HADAMARD));
+        let dims = [k / tile::SIDE, n / tile::SIDE, tile::words(bits)];
+        let (words, count) = (self.words(0), dims.iter().product::<usize>() / 2);
+        let writer = &mut self.writer;
+        writer.tensor(&name("suh"), DType::F16, &[k], &f16::from_f32(deviation).to_le_bytes().repeat(k))?;
+        writer.tensor(&name("svh"), DType::F16, &[n], &f16::ONE.to_le_bytes().repeat(n))?;
+        writer.tensor_with(&name("trellis"), DType::I16, &dims, |sink| {
+            words.write(sink, count, |_, word| word.to_le_bytes())
+        })?;
+        if codebook != Codebook::ThreeInst {
+            writer.tensor(&name(codebook.name()), DType::I32, &[], &codebook.multiplier().to_le_bytes())?;
+        }
+        self.tensor += 1;
+        Ok(())
+    }
+
     fn normal(&mut self, name: &str, dims: &[usize], deviation: f32) -> Result<()> {
         let words = self.words(0);
         let (dtype, count) = (self.options.dtype, dims.iter().product());
@@ -292,7 +369,7 @@ impl Synthesizer<'_> {
         self.writer.tensor_with(name, dtype, &[len], |sink: &mut dyn Write| {
             let ones = match dtype {
                 DType::F32 => 1f32.to_le_bytes().repeat(len),
-                DType::F16 => half::f16::ONE.to_le_bytes().repeat(len),
+                DType::F16 => f16::ONE.to_le_bytes().repeat(len),
                 _ => half::bf16::ONE.to_le_bytes().repeat(len),
             };
             sink.write_all(&ones)

@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
-use marlin_models::{Checkpoint, HeadFormat, ModelConfig, ModelError, ModuleKind, SynthOptions, synth, synth_presets};
+use marlin_models::{
+    Checkpoint, HeadFormat, ModelConfig, ModelError, ModuleKind, SynthOptions, SynthTrellis, synth, synth_presets,
+};
 use marlin_ops::WeightData;
 
 fn deviation(values: &[f32]) -> f32 {
@@ -53,6 +56,32 @@ fn every_tiny_preset_in_every_format() {
             let (config, checkpoint) = read_all(&out);
             assert_eq!(checkpoint.total_bytes(), summary.unwrap().bytes, "{name} {format:?}");
             assert_eq!(config.quantization.is_empty(), format.is_none());
+        }
+    }
+}
+
+#[test]
+fn trellis_weights_of_every_codebook() {
+    let tiny: Vec<_> = synth_presets().iter().filter(|name| name.starts_with("tiny-")).collect();
+    for (i, name) in tiny.into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("model");
+        let expected = SynthTrellis { bits: 1 + i as u32, codebook: Codebook::ALL[i % 3] };
+        let summary =
+            synth(name, &SynthOptions { trellis: Some(expected), ..SynthOptions::default() }, &out, |_, _| ());
+        let (config, checkpoint) = read_all(&out);
+        assert_eq!(checkpoint.total_bytes(), summary.unwrap().bytes, "{name}");
+        for module in config.linear_modules() {
+            let (n, k) = (module.out_features, module.in_features);
+            let weight = checkpoint.weight(&config.quantization, &module.name, n, k, module.bias).unwrap();
+            match (module.kind, weight.data) {
+                (ModuleKind::Router | ModuleKind::Embedding, WeightData::Dense(_)) => {}
+                (_, WeightData::Exl3(found)) => {
+                    let found = SynthTrellis { bits: found.bits, codebook: found.codebook };
+                    assert_eq!(found, expected, "{name} {}", module.name);
+                }
+                _ => panic!("{name}: {} is not EXL3", module.name),
+            }
         }
     }
 }
@@ -120,6 +149,13 @@ fn refusals_leave_nothing() {
     refused("tiny-qwen3", SynthOptions { layers, ..SynthOptions::default() }, "`num_hidden_layers`");
     let (format, group_size) = (Some(Format::Int3), Some(24));
     refused("tiny-qwen3", SynthOptions { format, group_size, ..SynthOptions::default() }, "group_size 24");
+    let format = Some(Format::Int4S4);
+    let trellis = Some(SynthTrellis { bits: 9, codebook: Codebook::Mul1 });
+    refused("tiny-qwen3", SynthOptions { trellis, ..SynthOptions::default() }, "9 is not 1 to 8");
+    let trellis = Some(SynthTrellis { bits: 3, codebook: Codebook::Mul1 });
+    refused("tiny-qwen3", SynthOptions { trellis, format, ..SynthOptions::default() }, "EXL3 has no other format");
+    let head = HeadFormat::Native(Format::Int8);
+    refused("tiny-llama", SynthOptions { trellis, head, ..SynthOptions::default() }, "int8 cannot stand beside EXL3");
     let dtype = DType::U8;
     refused("tiny-qwen3", SynthOptions { dtype, ..SynthOptions::default() }, "U8");
     std::fs::create_dir(&out).unwrap();

@@ -59,7 +59,7 @@ pub struct Exl3Options {
 
 impl Default for Exl3Options {
     fn default() -> Self {
-        Self { codebook: Codebook::Mcg, bits: 4, sigma: 0.025, seed: 0, output_scales: OutputScales::Always }
+        Self { codebook: Codebook::Mul1, bits: 4, sigma: 0.025, seed: 0, output_scales: OutputScales::Always }
     }
 }
 

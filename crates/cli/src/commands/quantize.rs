@@ -92,8 +92,8 @@ pub struct QuantizeArgs {
     /// EXL3: bits of lm_head, 16 for as stored [default: 6]
     #[arg(long, value_name = "B", value_parser = choice::head_bits)]
     head_bits: Option<u32>,
-    /// EXL3: how states become values: mcg, mul1 or 3inst [default: mcg]
-    #[arg(long, value_name = "C", value_parser = choice::codebook)]
+    /// EXL3: how states become values: mul1, mcg or 3inst [default: mul1]
+    #[arg(long, value_name = "C", value_parser = crate::args::codebook)]
     codebook: Option<Codebook>,
     /// EXL3: seed of the random signs [default: 0]
     #[arg(long, value_name = "S")]
@@ -246,7 +246,7 @@ impl QuantizeArgs {
                 Ok(Recipe::Exl3(Exl3Recipe {
                     bits,
                     head_bits: self.head_bits.unwrap_or(6),
-                    codebook: self.codebook.unwrap_or(Codebook::Mcg),
+                    codebook: self.codebook.unwrap_or(Codebook::Mul1),
                     ignore: self.ignore.clone(),
                     calibration: (0, 0),
                 }))

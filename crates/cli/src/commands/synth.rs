@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
-use marlin_models::{HeadFormat, SynthOptions, synth, synth_presets};
+use marlin_models::{HeadFormat, SynthOptions, SynthTrellis, synth, synth_presets};
 
 use super::progress_bar;
-use crate::args::{at_least_one, format_names};
+use crate::args::{at_least_one, codebook, format_names};
 
 /// Type of the weights that are not quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -28,9 +29,15 @@ pub struct SynthArgs {
     arch: String,
     /// Folder to write; it must not exist
     out: PathBuf,
-    #[arg(long, value_name = "F")]
-    #[arg(help = format!("Format of the linear layers: {} [default: plain weights]", format_names(&Format::ALL)))]
-    format: Option<Format>,
+    #[arg(long, value_name = "F", value_parser = linear_format)]
+    #[arg(help = format!("Format of the linear layers: exl3, {} [default: plain weights]", format_names(&Format::ALL)))]
+    format: Option<LinearFormat>,
+    /// EXL3: bits a weight, 1 to 8
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=8))]
+    bits: Option<u32>,
+    /// EXL3: how states become values: mul1, mcg or 3inst [default: mul1]
+    #[arg(long, value_name = "C", value_parser = codebook)]
+    codebook: Option<Codebook>,
     /// Weights along the input that share a scale [default: the format's own]
     #[arg(long, value_name = "G", value_parser = at_least_one)]
     group: Option<usize>,
@@ -71,8 +78,18 @@ pub fn run(args: SynthArgs) -> Result<()> {
     if !synth_presets().contains(&args.arch.as_str()) {
         bail!("unknown architecture `{}`; known: {}", args.arch, synth_presets().join(", "));
     }
+    let (format, trellis) = match (args.format, args.bits, args.codebook) {
+        (Some(LinearFormat::Exl3), Some(bits), codebook) => {
+            (None, Some(SynthTrellis { bits, codebook: codebook.unwrap_or(Codebook::Mul1) }))
+        }
+        (Some(LinearFormat::Exl3), None, _) => bail!("--format exl3 needs --bits"),
+        (_, Some(_), _) | (_, _, Some(_)) => bail!("--bits and --codebook belong to --format exl3"),
+        (Some(LinearFormat::Native(format)), ..) => (Some(format), None),
+        (None, ..) => (None, None),
+    };
     let options = SynthOptions {
-        format: args.format,
+        format,
+        trellis,
         group_size: args.group,
         head: args.lm_head.unwrap_or_default(),
         dtype: match args.dtype {
@@ -97,6 +114,20 @@ pub fn run(args: SynthArgs) -> Result<()> {
     progress.finish_and_clear();
     print_line!("{}: {} tensors, {:.1} MB", args.out.display(), summary.tensors, summary.bytes as f64 / 1e6);
     Ok(())
+}
+
+/// `--format`.
+#[derive(Clone, Copy, Debug)]
+enum LinearFormat {
+    Native(Format),
+    Exl3,
+}
+
+fn linear_format(text: &str) -> Result<LinearFormat, marlin_formats::FormatError> {
+    match text {
+        "exl3" => Ok(LinearFormat::Exl3),
+        name => name.parse().map(LinearFormat::Native),
+    }
 }
 
 fn head_format(text: &str) -> Result<HeadFormat, marlin_formats::FormatError> {

@@ -38,7 +38,7 @@ impl Words {
     }
 
     /// Writes `count` words, each turned into bytes by `value(index, word)`.
-    fn write<const N: usize>(
+    pub(super) fn write<const N: usize>(
         &self,
         sink: &mut dyn Write,
         count: usize,

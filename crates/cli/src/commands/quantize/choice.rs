@@ -4,7 +4,6 @@ use std::fmt;
 
 use anyhow::{Result, bail};
 use marlin_formats::Format;
-use marlin_formats::exl3::Codebook;
 
 /// `--format`: a format, a family that `--bits` chooses from, or EXL3.
 #[derive(Clone, Debug)]
@@ -58,14 +57,6 @@ pub(super) fn bits(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("must be a number above 0".into()),
     }
-}
-
-/// `--codebook`.
-pub(super) fn codebook(text: &str) -> Result<Codebook, String> {
-    Codebook::from_name(text).ok_or_else(|| {
-        let names = Codebook::ALL.map(Codebook::name);
-        format!("must be one of {}", names.join(", "))
-    })
 }
 
 /// `--head-bits`: 1 to 8, or 16 for a head that stays as stored.
