@@ -80,7 +80,7 @@ export CARGO_PROFILE_RELEASE_DEBUG=none
     -A clippy::all -D clippy::undocumented_unsafe_blocks -D dead_code -D unused_unsafe
 
 # With MARLIN_ISA=neon a processor without it is an error. Left out is what the native run proves as well: portable code,
-# the oracle against the models, and the suite and the audit against themselves.
+# the oracle against the models, that fast is not exact, and the suite and the audit against themselves.
 MARLIN_ISA=neon cargo test --release --locked -p marlin-cpu -p marlin-conformance -p marlin-models \
     --lib --test families --test linear --test cpu --test parity -- \
     --skip portable --skip oracle --skip without_simd --skip fast_is_not_exact --skip every_case_can_fail --skip audit::

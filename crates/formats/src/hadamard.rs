@@ -2,8 +2,13 @@
 
 /// Orthonormal transform of the first axis of `x`, `[n, stride]` with n a power of two, in natural (Sylvester) order:
 /// `H[i][j] = (-1)^popcount(i & j) / sqrt(n)`.
+///
+/// # Panics
+/// If the length is no such multiple of `stride`.
 #[inline]
 pub fn hadamard(x: &mut [f64], stride: usize) {
+    let whole = stride > 0 && x.len().is_multiple_of(stride) && (x.len() / stride).is_power_of_two();
+    assert!(whole, "{} values in columns of {stride} have no Hadamard transform", x.len());
     let mut width = stride;
     while width < x.len() {
         for pair in x.chunks_exact_mut(2 * width) {

@@ -32,7 +32,7 @@ pub enum HeadFormat {
     Native(Format),
 }
 
-/// Random trellis codes instead of a native format: linear layers, and an untied head, are EXL3.
+/// Random trellis codes instead of a native format: every linear layer but routers, and an untied head, is EXL3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SynthTrellis {
     /// Bits a weight, 1 to 8.
@@ -44,9 +44,9 @@ pub struct SynthTrellis {
 /// What [`synth`] makes of a preset. `None` keeps the preset's value.
 #[derive(Clone, Debug)]
 pub struct SynthOptions {
-    /// Format of the linear layers; `None` for plain weights. Norms, routers and an untied embedding stay plain.
+    /// Format of the linear layers; `None` for plain weights, or for `trellis`. Norms, routers and an untied embedding stay plain.
     pub format: Option<Format>,
-    /// EXL3 instead of a format.
+    /// EXL3 instead of a format and a group size; a tied head stays plain then, as embeddings are looked up by rows.
     pub trellis: Option<SynthTrellis>,
     /// Group size along K; the format's default when absent.
     pub group_size: Option<usize>,
@@ -110,8 +110,8 @@ pub fn synth_config(name: &str) -> Result<ModelConfig> {
 /// seed alone. Memory stays small: tensors stream. `progress(done, total)` is called after every tensor's module.
 ///
 /// # Errors
-/// An unknown preset, a dimension that the architecture refuses, a group size that the format refuses, an existing
-/// `out`, or an I/O error; nothing is left behind.
+/// An unknown preset, a dimension that the architecture refuses, a group size that the format refuses, EXL3 of other
+/// than 1 to 8 bits or beside another format, an existing `out`, or an I/O error; nothing is left behind.
 pub fn synth(
     name: &str,
     options: &SynthOptions,
@@ -226,7 +226,7 @@ impl Plan {
                 return Err(ModelError::request("lm_head", format!("{format} cannot stand beside EXL3")));
             }
         };
-        let head_bits = if self.head.is_some() { bits } else { 16 };
+        let head_bits = if self.head.is_some() && !self.tied { bits } else { 16 };
         self.quantization = Some(json!({
             "quant_method": "exl3", "version": env!("CARGO_PKG_VERSION"), "bits": f64::from(bits), "head_bits": head_bits,
             "codebook": codebook.name(),
@@ -328,7 +328,7 @@ impl Synthesizer<'_> {
         Ok(())
     }
 
-    /// Every word is a valid one; the values of the codebooks have a deviation of about 1.
+    /// Every word is a valid one.
     fn trellis(&mut self, module: &str, trellis: SynthTrellis, n: usize, k: usize, deviation: f32) -> Result<()> {
         let SynthTrellis { bits, codebook } = trellis;
         let name = |suffix: &str| format!("{module}.{suffix}");
@@ -336,7 +336,12 @@ impl Synthesizer<'_> {
         let dims = [k / tile::SIDE, n / tile::SIDE, tile::words(bits)];
         let (words, count) = (self.words(0), dims.iter().product::<usize>() / 2);
         let writer = &mut self.writer;
-        writer.tensor(&name("suh"), DType::F16, &[k], &f16::from_f32(deviation).to_le_bytes().repeat(k))?;
+        writer.tensor(
+            &name("suh"),
+            DType::F16,
+            &[k],
+            &f16::from_f32(deviation / codebook.deviation()).to_le_bytes().repeat(k),
+        )?;
         writer.tensor(&name("svh"), DType::F16, &[n], &f16::ONE.to_le_bytes().repeat(n))?;
         writer.tensor_with(&name("trellis"), DType::I16, &dims, |sink| {
             words.write(sink, count, |_, word| word.to_le_bytes())

@@ -69,11 +69,17 @@ fn trellis_weights_of_every_codebook() {
         let expected = SynthTrellis { bits: 1 + i as u32, codebook: Codebook::ALL[i % 3] };
         let summary =
             synth(name, &SynthOptions { trellis: Some(expected), ..SynthOptions::default() }, &out, |_, _| ());
+        let bytes = summary.unwrap().bytes;
         let (config, checkpoint) = read_all(&out);
-        assert_eq!(checkpoint.total_bytes(), summary.unwrap().bytes, "{name}");
+        assert_eq!(checkpoint.total_bytes(), bytes, "{name}");
+        let quantization = std::fs::read_to_string(out.join("config.json")).unwrap();
+        let head_bits = if config.tie_word_embeddings { 16 } else { expected.bits };
+        assert!(quantization.contains(&format!("\"head_bits\": {head_bits}")), "{name}: {quantization}");
         for module in config.linear_modules() {
             let (n, k) = (module.out_features, module.in_features);
             let weight = checkpoint.weight(&config.quantization, &module.name, n, k, module.bias).unwrap();
+            let found = deviation(&weight.to_f32().unwrap()) * (k as f32).sqrt();
+            assert!((0.95..1.05).contains(&found), "{name} {}: deviation {found} / sqrt(K)", module.name);
             match (module.kind, weight.data) {
                 (ModuleKind::Router | ModuleKind::Embedding, WeightData::Dense(_)) => {}
                 (_, WeightData::Exl3(found)) => {

@@ -41,7 +41,7 @@ pub struct SynthArgs {
     /// Weights along the input that share a scale [default: the format's own]
     #[arg(long, value_name = "G", value_parser = at_least_one)]
     group: Option<usize>,
-    /// Format of the output head: plain, or a format [default: that of the linear layers]
+    /// Format of the output head: plain, or a format [default: that of the linear layers; plain if EXL3 and tied]
     #[arg(long, value_name = "F", value_parser = head_format)]
     lm_head: Option<HeadFormat>,
     /// Type of the weights that are not quantized

@@ -32,13 +32,7 @@ fn grouped(m: usize, n: usize, mut k: usize) -> marlin_gpu::ExpertKernel {
     while 4 * (m * (k + 1) + 2 * k * n + m) > SHARED_BYTES {
         k /= 2;
     }
-    marlin_gpu::ExpertKernel {
-        strategy: ExpertStrategy::Grouped,
-        tile_m: m,
-        tile_n: n,
-        tile_k: k,
-        accumulate: DType::F32,
-    }
+    marlin_gpu::ExpertKernel { strategy: ExpertStrategy::Grouped, tile_m: m, tile_n: n, tile_k: k }
 }
 
 /// The backend's kernel for this many products at once.

@@ -159,11 +159,11 @@ pub(super) fn absorb<R: Runtime>(
     let latent = Spans::latent(d, weight);
     let rows = d.batch * d.queries * d.heads;
     let rotated = gpu.scratch(OP, DType::F32, &[rows, columns.len() * HADAMARD])?;
-    launch(gpu, &columns, [args.q, &rotated], d.nope + d.rope, (&weight.zeros, weight.zero_count), false);
+    launch_rotate(gpu, &columns, [args.q, &rotated], d.nope + d.rope, (&weight.zeros, weight.zero_count), false);
     let inner = gpu.scratch(OP, DType::F32, &[rows, weight.padded_in()])?;
     let heads = Heads { count: columns.len() * HADAMARD, rope: 0, ..Heads::of_queries(d) };
     launch_absorb(gpu, weight, &heads, &rotated, &inner);
-    launch(gpu, &latent, [&inner, absorbed], d.rank + d.rope, (&weight.scales, weight.scale_count), true);
+    launch_rotate(gpu, &latent, [&inner, absorbed], d.rank + d.rope, (&weight.scales, weight.scale_count), true);
     if d.rope > 0 {
         let storage = Storage::of(args.q.dtype());
         // SAFETY: q and `absorbed` hold `rows` rows of n + R and r + R.
@@ -197,11 +197,11 @@ pub(super) fn value<R: Runtime>(
     let (latent, columns) = (Spans::latent(d, weight), Spans::columns(&Heads::of_values(d), weight));
     let rows = d.batch * d.queries * d.heads;
     let rotated = gpu.scratch(OP, DType::F32, &[rows, weight.padded_in()])?;
-    launch(gpu, &latent, [sums, &rotated], d.rank, (&weight.scales, weight.scale_count), false);
+    launch_rotate(gpu, &latent, [sums, &rotated], d.rank, (&weight.scales, weight.scale_count), false);
     let inner = gpu.scratch(OP, DType::F32, &[rows, columns.len() * HADAMARD])?;
     let heads = Heads { count: columns.len() * HADAMARD, ..Heads::of_values(d) };
     launch_value(gpu, weight, &heads, &rotated, &inner);
-    launch(gpu, &columns, [&inner, args.out], d.value, (&weight.zeros, weight.zero_count), true);
+    launch_rotate(gpu, &columns, [&inner, args.out], d.value, (&weight.zeros, weight.zero_count), true);
     Ok(())
 }
 
@@ -229,7 +229,7 @@ pub(super) fn unfolded<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu
 }
 
 /// Enqueues [`rotate`].
-fn launch<R: Runtime>(
+fn launch_rotate<R: Runtime>(
     gpu: &Gpu<R>,
     spans: &Spans,
     [x, out]: [&Tensor<Gpu<R>>; 2],

@@ -1,9 +1,8 @@
 //! Many tokens: rows sorted by expert, one cube for each tile of rows of one expert and stretch of columns. The tile's
 //! rows and the decoded weights pass through shared memory.
 
-use cubecl::ir::{ElemType, FloatKind};
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use marlin_formats::DType;
 use marlin_ops::linear::Activation;
 use marlin_ops::{Device, OpError, Result, Tensor};
 
@@ -36,8 +35,6 @@ struct Config {
     rows: usize,
     columns: usize,
     depth: usize,
-    /// Sums within a tile's depth are f16.
-    narrow: bool,
 }
 
 impl Config {
@@ -138,36 +135,23 @@ fn decode_tile<S: Numeric>(
 
 /// Adds the product of the tiles to `sums [micro rows, micro columns]`.
 #[cube]
-fn multiply_tile<A: Float>(rows: &[f32], tile: &[f32], sums: &mut Array<f32>, #[comptime] c: Config) {
+fn multiply_tile(rows: &[f32], tile: &[f32], sums: &mut Array<f32>, #[comptime] c: Config) {
     let lane = UNIT_POS as usize % comptime!(c.unit_columns());
     let first = UNIT_POS as usize / comptime!(c.unit_columns());
     let (m, n) = comptime!((c.micro_rows(), c.micro_columns()));
-    let mut acc = Array::<A>::new(comptime!(m * n));
-    #[unroll]
-    for i in 0..comptime!(m * n) {
-        acc[i] = if comptime!(c.narrow) { A::new(0.0) } else { A::cast_from(sums[i]) };
-    }
     for k in 0..c.depth {
-        let mut w = Array::<A>::new(n);
+        let mut w = Array::<f32>::new(n);
         #[unroll]
         for j in 0..n {
-            w[j] = A::cast_from(tile[k * c.columns + lane + comptime!(j * c.unit_columns())]);
+            w[j] = tile[k * c.columns + lane + comptime!(j * c.unit_columns())];
         }
         #[unroll]
         for i in 0..m {
-            let x = A::cast_from(rows[(first + comptime!(i * c.unit_rows())) * comptime!(c.depth + 1) + k]);
+            let x = rows[(first + comptime!(i * c.unit_rows())) * comptime!(c.depth + 1) + k];
             #[unroll]
             for j in 0..n {
-                acc[comptime!(i * n + j)] += x * w[j];
+                sums[comptime!(i * n + j)] += x * w[j];
             }
-        }
-    }
-    #[unroll]
-    for i in 0..comptime!(m * n) {
-        if comptime!(c.narrow) {
-            sums[i] += f32::cast_from(acc[i]);
-        } else {
-            sums[i] = f32::cast_from(acc[i]);
         }
     }
 }
@@ -175,7 +159,7 @@ fn multiply_tile<A: Float>(rows: &[f32], tile: &[f32], sums: &mut Array<f32>, #[
 /// `out [T k, N]` in sorted order: `act(x W1 + b1) * (x W2 + b2)`, or `act(x W1 + b1)`, with the weights of the row's expert.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
+fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric>(
     x: &[X],
     tiles: &[u32],
     offsets: &[u32],
@@ -199,7 +183,7 @@ fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
     features: u32,
     columns: u32,
     #[comptime] c: Config,
-    #[define(X, S, Q, A)] _elements: [ElemType; 4],
+    #[define(X, S, Q)] _elements: [ElemType; 3],
 ) {
     let mut rows = Shared::<[f32]>::new_slice(comptime!(c.rows * (c.depth + 1)));
     let mut tile = Shared::<[f32]>::new_slice(comptime!(c.depth * c.columns));
@@ -263,9 +247,9 @@ fn expert_tiles<X: Numeric, S: Numeric, Q: Numeric, A: Float>(
                 decode_tile::<Q>(&mut tile2, words2, scales2, zeros2, table2, &weight2, feature, column, columns, c, d);
             }
             sync_cube();
-            multiply_tile::<A>(&rows, &tile, &mut sums, c);
+            multiply_tile(&rows, &tile, &mut sums, c);
             if comptime!(c.second.is_some()) {
-                multiply_tile::<A>(&rows, &tile2, &mut sums2, c);
+                multiply_tile(&rows, &tile2, &mut sums2, c);
             }
             sync_cube();
             feature += c.depth;
@@ -324,14 +308,12 @@ impl<R: Runtime> Call<'_, R> {
             rows: kernel.tile_m,
             columns: kernel.tile_n,
             depth: kernel.tile_k,
-            narrow: kernel.accumulate == DType::F16,
         };
         if let Some(what) = config.limit() {
             return Err(OpError::Unsupported { operation: OP, backend: gpu.name(), what });
         }
         let second = self.second.map_or_else(|| Operands::unread(gpu), |bank| bank.operands(gpu));
         let first = self.first.operands(gpu);
-        let accumulate = ElemType::Float(if config.narrow { FloatKind::F16 } else { FloatKind::F32 });
         // SAFETY: banks hold their experts' weights of features times columns, places [3, E], out a row of columns for
         // each sorted row, x one of features for each or for each token; tiles lie within their expert's rows, and
         // those of experts that are not in the banks are passed over.
@@ -363,7 +345,7 @@ impl<R: Runtime> Call<'_, R> {
                 self.features as u32,
                 self.columns as u32,
                 config,
-                [config.x.elem(), first.scale_elem, second.scale_elem, accumulate],
+                [config.x.elem(), first.scale_elem, second.scale_elem],
             );
         }
         Ok(())

@@ -37,21 +37,17 @@ pub struct ExpertKernel {
     pub tile_n: usize,
     /// Input features in shared memory.
     pub tile_k: usize,
-    /// F32, or F16 for sums within the depth of a tile (grouped only).
-    pub accumulate: DType,
 }
 
 impl ExpertKernel {
     /// The default of the parallel strategy.
-    pub const PARALLEL: Self =
-        Self { strategy: ExpertStrategy::Parallel, tile_m: 1, tile_n: 32, tile_k: 2048, accumulate: DType::F32 };
+    pub const PARALLEL: Self = Self { strategy: ExpertStrategy::Parallel, tile_m: 1, tile_n: 32, tile_k: 2048 };
     /// The default of the fused strategy.
-    pub const FUSED: Self =
-        Self { strategy: ExpertStrategy::Fused, tile_m: 1, tile_n: 1024, tile_k: 2048, accumulate: DType::F32 };
+    pub const FUSED: Self = Self { strategy: ExpertStrategy::Fused, tile_m: 1, tile_n: 1024, tile_k: 2048 };
 
     /// The default of the grouped strategy for tiles of `tile_m` rows.
     pub const fn grouped(tile_m: usize) -> Self {
-        Self { strategy: ExpertStrategy::Grouped, tile_m, tile_n: 64, tile_k: 32, accumulate: DType::F32 }
+        Self { strategy: ExpertStrategy::Grouped, tile_m, tile_n: 64, tile_k: 32 }
     }
 
     /// The kernel for this many tokens: the experts' weights are read once for each assignment, or once for each tile.
@@ -66,7 +62,6 @@ impl ExpertKernel {
 
     /// What no kernel offers, if anything.
     fn limit(&self) -> Option<String> {
-        let grouped = self.strategy == ExpertStrategy::Grouped;
         let Self { tile_m, tile_n, tile_k, .. } = *self;
         let shapes = match self.strategy {
             ExpertStrategy::Parallel => {
@@ -75,8 +70,7 @@ impl ExpertKernel {
             ExpertStrategy::Fused => tile_m == 1 && (1024..=2048).contains(&tile_n) && (1024..=4096).contains(&tile_k),
             ExpertStrategy::Grouped => true,
         };
-        let accumulates = self.accumulate == DType::F32 || (grouped && self.accumulate == DType::F16);
-        (!shapes || !accumulates).then(|| format!("experts by {self:?}"))
+        (!shapes).then(|| format!("experts by {self:?}"))
     }
 }
 
