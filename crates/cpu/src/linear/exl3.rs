@@ -516,16 +516,19 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
         let (mut acc, mut rest) = (s.splat(0.0), 0.0);
         let blocks: &[[[TrellisRow; BITS]; BLOCK_TILES]] = self.words.as_chunks().0.as_chunks().0;
         for (b, (tiles, x)) in blocks.iter().zip(self.x).enumerate() {
-            // Four chains: their sum is exact, whatever the order.
-            let zero = s.splat_i(0);
-            let mut dots = [s.splat_i(x.start), zero, zero, zero];
+            // As many chains as a tile has pairs: their sum is exact, whatever the order.
+            let mut dots = [s.splat_i(0); PAIRS];
+            dots[0] = s.splat_i(x.start);
             for (i, (tile, x)) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0).enumerate() {
                 fetch_ahead::<S, BITS>(s, self.words, b * BLOCK_TILES + i);
                 for_pairs!(s, |pair| {
-                    dots[pair % 4] = s.dot2(dots[pair % 4], sum_pairs(s, tile, pair), x[pair]);
+                    dots[pair] = s.dot2(dots[pair], sum_pairs(s, tile, pair), x[pair]);
                 });
             }
-            let dot = s.add_i(s.add_i(dots[0], dots[1]), s.add_i(dots[2], dots[3]));
+            let mut dot = dots[0];
+            for other in &dots[1..] {
+                dot = s.add_i(dot, *other);
+            }
             acc = s.fma(s.to_f32(dot), s.splat(x.scale), acc);
             rest += x.rest;
         }

@@ -68,6 +68,14 @@ macro_rules! memory {
     }};
 }
 
+/// Lanes whose values the compiler knows: shifts by a vector from memory would be guarded against counts above 31.
+macro_rules! constants {
+    ($v:expr) => {{
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = $v.map(|v| v as i32);
+        intrinsic!(_mm512_setr_epi32(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p))
+    }};
+}
+
 impl<const VBMI: bool> Simd for Avx512<VBMI> {
     type F = __m512;
     type I = __m512i;
@@ -380,14 +388,15 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
         if !VBMI {
             return trellis::states(self, tile, pair);
         }
-        // Each lane gets the four bytes that hold its two states.
-        let index = memory!(_mm512_loadu_si512(Gather::<BITS>::BYTES[pair].as_ptr().cast()));
+        // Each lane gets four bytes that hold its two states.
+        let permutation = Gather::<BITS>::permutation(pair);
+        let index = memory!(_mm512_loadu_si512(Gather::<BITS>::BYTES[permutation].as_ptr().cast()));
         let window = if BITS == 1 {
             let rows = memory!(_mm512_broadcast_i64x4(_mm256_loadu_si256(tile[0].0.as_ptr().cast())));
             // SAFETY: VBMI is on, so `with_vbmi` found the feature.
             unsafe { _mm512_permutexvar_epi8(index, rows) }
         } else {
-            let [first, second] = Gather::<BITS>::ROWS[pair];
+            let [first, second] = Gather::<BITS>::ROWS[permutation];
             let rows: &[TrellisRow; 2] = tile[first..first + 2].first_chunk().expect("two rows");
             let first_rows = memory!(_mm512_loadu_si512(rows.as_ptr().cast()));
             if first == second {
@@ -401,7 +410,7 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
             }
         };
         let [even, odd] = &Gather::<BITS>::SHIFTS[pair / 4];
-        let (even, odd, mask) = (self.load_i(even), self.load_i(odd), self.splat_i(0xFFFF));
+        let (even, odd, mask) = (constants!(even), constants!(odd), self.splat_i(0xFFFF));
         intrinsic!([
             _mm512_and_si512(_mm512_srlv_epi32(window, even), mask),
             _mm512_and_si512(_mm512_srlv_epi32(window, odd), mask),

@@ -49,6 +49,11 @@ pub(super) struct Gather<const BITS: usize>;
 
 #[cfg(target_arch = "x86_64")]
 impl<const BITS: usize> Gather<BITS> {
+    /// The row pair whose permutation serves row pair `pair`.
+    pub(super) const fn permutation(pair: usize) -> usize {
+        if BITS <= SHARED_BITS { pair % 4 } else { pair }
+    }
+
     /// The two pairs of rows to permute from.
     pub(super) const ROWS: &'static [[usize; 2]; PAIRS] = &gather_rows(BITS);
     /// For each byte of the lanes its place there: 0 to 63 in the first pair of rows, 64 to 127 in the second.
@@ -57,11 +62,17 @@ impl<const BITS: usize> Gather<BITS> {
     pub(super) const SHIFTS: &'static [[[u32; LANES]; 2]; 2] = &gather_shifts(BITS);
 }
 
-/// Bytes of a stream up to the end of a window.
+/// Bytes of a stream up to the end of the four that a lane gets. Up to 4 bits a weight they hold the windows of row
+/// pairs p and p + 4.
 #[cfg(target_arch = "x86_64")]
 const fn window_bytes(bits: usize, pair: usize, half: usize) -> usize {
-    window_end(bits, pair, half).div_ceil(8)
+    let last = if bits <= SHARED_BITS { pair % 4 + 4 } else { pair };
+    window_end(bits, last, half).div_ceil(8)
 }
+
+/// The highest rate at which two row pairs share a permutation.
+#[cfg(target_arch = "x86_64")]
+const SHARED_BITS: usize = 4;
 
 #[cfg(target_arch = "x86_64")]
 const fn gather_shifts(bits: usize) -> [[[u32; LANES]; 2]; 2] {
@@ -71,8 +82,9 @@ const fn gather_shifts(bits: usize) -> [[[u32; LANES]; 2]; 2] {
         let (quarter, state, lane) = (i / 2 / LANES, i / LANES % 2, i % LANES);
         // Streams of the four row pairs are whole bytes apart.
         let (pair, half) = (4 * quarter, lane / COLUMNS);
-        let behind = 8 * window_bytes(bits, pair, half) - window_end(bits, pair, half);
-        shifts[quarter][state][lane] = (behind + bits * (1 - state)) as u32;
+        let behind = 8 * window_bytes(bits, pair, half) - window_end(bits, pair, half) + bits * (1 - state);
+        assert!(behind + 16 <= 32, "four bytes do not hold the state");
+        shifts[quarter][state][lane] = behind as u32;
         i += 1;
     }
     shifts
@@ -85,7 +97,7 @@ const fn gather_rows(bits: usize) -> [[usize; 2]; PAIRS] {
     let mut pair = 0;
     while pair < PAIRS {
         let (first, end) = (window_bytes(bits, pair, 0), window_bytes(bits, pair, 1));
-        rows[pair] = if bits <= 4 {
+        rows[pair] = if bits <= SHARED_BITS {
             [0, last]
         } else if first < 4 {
             // The stream before, then the first words.
