@@ -77,6 +77,11 @@ impl<'a, B: Backend> Runner<'a, B> {
         dtypes.filter(|dtype| dtype.size_in_bytes() == 2).collect()
     }
 
+    /// Whether the backend encodes tiles.
+    pub(crate) fn has_path_search(&self) -> bool {
+        self.backend.path_search().is_some()
+    }
+
     /// Leaves out the next cases whose configuration does not contain this.
     pub(crate) fn only_containing(&mut self, text: &str) {
         self.containing = text.to_owned();

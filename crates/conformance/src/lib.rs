@@ -28,6 +28,7 @@ mod rope;
 mod sampling;
 mod sampling_draws;
 pub mod tolerance;
+mod trellis;
 mod weight;
 
 use std::fmt;
@@ -164,6 +165,7 @@ fn run_families<B: Backend>(runner: &mut Runner<'_, B>, families: &[Family]) {
             Family::Convert => {
                 convert::run(runner);
                 dequantize::run(runner);
+                trellis::run(runner);
             }
         }
     }

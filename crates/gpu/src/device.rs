@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use cubecl::server::{Handle, ServerError};
 use marlin_formats::DType;
 use marlin_ops::profile::Profiler;
-use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight};
+use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, PathSearch, Result, Shape, Tensor, Weight};
 
 use crate::Buffer;
 use crate::fault;
@@ -267,6 +267,10 @@ impl<R: Runtime> Device for Gpu<R> {
         expect_dtype(OP, "tensor", tensor, DType::U32)?;
         let bytes = self.read(OP, tensor.buffer(), tensor.size_in_bytes())?;
         HostTensor::new(DType::U32, tensor.dims(), std::sync::Arc::new(bytes), 0)?.to_u32()
+    }
+
+    fn path_search(&self) -> Option<&dyn PathSearch> {
+        Some(self)
     }
 
     fn prepare_weight(&self, weight: Weight) -> Result<GpuWeight> {

@@ -39,6 +39,7 @@ mod rope;
 mod sampling;
 mod step;
 mod traffic;
+mod trellis;
 mod weight;
 
 pub use attention::AttentionKernel;

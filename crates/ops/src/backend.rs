@@ -1,6 +1,7 @@
 use marlin_formats::DType;
 
 use crate::profile::{Arithmetic, Profiler};
+use crate::trellis::PathSearch;
 use crate::{
     AttentionOps, ConvertOps, ExpertWeights, HadamardOps, HostTensor, LinearOps, MoeOps, NormOps, OpError,
     PagedAttentionOps, Result, RopeOps, SamplingOps, Tensor, Weight, WeightData,
@@ -77,6 +78,11 @@ pub trait Device: Sized + Send + Sync + 'static {
         mut step: impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         step()
+    }
+
+    /// The search for EXL3 codes, on devices that have one: quantizers bring their own for the CPU.
+    fn path_search(&self) -> Option<&dyn PathSearch> {
+        None
     }
 
     /// Collects times, bytes and FLOPs of operations, if the device keeps such a record.

@@ -22,6 +22,7 @@ pub mod profile;
 pub mod rng;
 pub mod rope;
 pub mod sampling;
+pub mod trellis;
 
 pub use attention::{AttentionOps, PagedAttentionOps};
 pub use backend::{Backend, Device};
@@ -34,4 +35,5 @@ pub use norm::NormOps;
 pub use rope::RopeOps;
 pub use sampling::SamplingOps;
 pub use tensor::{HostTensor, MAX_RANK, Shape, Tensor};
+pub use trellis::PathSearch;
 pub use weight::{ExpertProjection, ExpertStack, ExpertWeights, Linear, Weight, WeightData};

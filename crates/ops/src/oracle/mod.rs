@@ -14,10 +14,12 @@ mod rope;
 mod rounding;
 mod sampling;
 mod special;
+mod trellis;
 
 use marlin_formats::DType;
 
 use crate::activation::takes_int8_activations;
+use crate::trellis::PathSearch;
 use crate::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight, WeightData};
 
 pub use moe::{Choice, choose_experts};
@@ -151,6 +153,10 @@ impl Device for Oracle {
             Values::Words(words) => Ok(words[..tensor.elements()].to_vec()),
             Values::Floats(_) => Err(dtype_error("read", tensor.dtype(), "U32")),
         }
+    }
+
+    fn path_search(&self) -> Option<&dyn PathSearch> {
+        Some(self)
     }
 
     fn prepare_weight(&self, weight: Weight) -> Result<OracleWeight> {
