@@ -35,7 +35,7 @@ fn matrix() -> Result<()> {
         let start = Instant::now();
         let inputs = Exl3Inputs::new(&hessian, "input", &options)?;
         let prepared = start.elapsed().as_secs_f64();
-        let quantized = exl3(&inputs, "module", &weight, SIZE, SIZE, &options)?;
+        let quantized = exl3(None, &inputs, "module", &weight, SIZE, SIZE, &options)?;
         let seconds = start.elapsed().as_secs_f64();
         let error = quantized.proxy_error;
         println!(

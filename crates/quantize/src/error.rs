@@ -1,6 +1,7 @@
 //! Errors of the quantizers.
 
 use marlin_formats::FormatError;
+use marlin_ops::OpError;
 
 /// The result of every quantizer.
 pub type Result<T> = std::result::Result<T, QuantizeError>;
@@ -120,6 +121,9 @@ pub enum QuantizeError {
         /// What is wrong.
         reason: String,
     },
+    /// The device that searches for codes failed.
+    #[error(transparent)]
+    Device(#[from] OpError),
     /// Reading the model or writing the result failed.
     #[error(transparent)]
     Source(Box<dyn std::error::Error + Send + Sync>),

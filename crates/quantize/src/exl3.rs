@@ -16,6 +16,7 @@ mod incoherence;
 mod inputs;
 mod ldl;
 mod ldlq;
+mod search;
 mod signs;
 mod step;
 mod viterbi;
@@ -23,13 +24,14 @@ mod viterbi;
 use half::f16;
 use marlin_formats::FormatError;
 use marlin_formats::exl3::{Codebook, Exl3Matrix};
+use marlin_ops::PathSearch;
 
 use crate::{QuantizeError, Result};
 
 pub use allocation::{BitGroup, allocate_bits};
 pub use inputs::Exl3Inputs;
 pub use step::Isa;
-pub use viterbi::{Encoder, Path, Workspace};
+pub use viterbi::{Encoder, Workspace};
 
 /// Whether the columns of a weight are brought to the same size before it is quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,12 +98,14 @@ pub struct Exl3 {
 }
 
 /// Quantizes `weight`, `[out_features, in_features]` row-major, whose input is `inputs`. `module` and the seed choose the
-/// signs of the outputs.
+/// signs of the outputs. Paths are searched on `device`, or on the CPU without one: they are the same but where costs
+/// differ by their rounding.
 ///
 /// # Errors
 /// A NaN or infinite weight with its index, a wrong length or shape, inputs of another width, options out of range, a scale
-/// beyond f16, [`QuantizeError::Diverged`].
+/// beyond f16, [`QuantizeError::Diverged`], a failure of the device.
 pub fn exl3(
+    device: Option<&dyn PathSearch>,
     inputs: &Exl3Inputs,
     module: &str,
     weight: &[f32],
@@ -121,11 +125,11 @@ pub fn exl3(
     };
     let signs = signs::outputs(options.seed, module, out_features.next_multiple_of(marlin_formats::exl3::HADAMARD));
     let mut normal = incoherence::normalize(weight, in_features, inputs.signs(), &signs, scaled)?;
-    let encoder = Encoder::new(options.codebook, options.bits);
-    let global_scale = global_scale::search(&encoder, &normal.inner);
+    let search = search::Search::new(options.codebook, options.bits, device);
+    let global_scale = global_scale::find(&search, &normal.inner)?;
     normal.inner.scale(global_scale);
     let suh = normal.su.iter().map(|su| stored_scale(su / f64::from(global_scale))).collect::<Result<_>>()?;
-    let coded = ldlq::quantize(inputs.factor(), &encoder, &normal.inner)?;
+    let coded = ldlq::quantize(inputs.factor(), &search, &normal.inner)?;
     let matrix = Exl3Matrix {
         codebook: options.codebook,
         bits: options.bits,

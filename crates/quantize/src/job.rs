@@ -10,6 +10,8 @@ mod collector;
 mod measure;
 mod run;
 
+use marlin_ops::PathSearch;
+
 use crate::exl3::Exl3Options;
 use crate::fold::Fold;
 use crate::part::{Notes, Part, QuantizedWeight};
@@ -179,7 +181,7 @@ impl Summary {
 }
 
 /// Everything a job is told but for the model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Settings<'a> {
     /// What happens to each module; those without a target are left alone.
     pub assignments: &'a [Assignment],
@@ -188,4 +190,6 @@ pub struct Settings<'a> {
     /// Where [`Method::Awq`] may fold channel scales; a module reads one fold at most, and precedes
     /// one at most.
     pub folds: &'a [Fold],
+    /// Where [`Method::Exl3`] searches for codes; on the CPU if nowhere else.
+    pub search: Option<&'a dyn PathSearch>,
 }

@@ -114,7 +114,7 @@ fn fixture(format: Format) -> Fixture {
 fn run(fixture: &Fixture, store: &mut Memory) -> Result<(Summary, Block), QuantizeError> {
     let mut block = Block { weights: fixture.weights.clone(), x: fixture.x.clone() };
     let method = Method::Awq(AwqOptions::default());
-    let settings = Settings { assignments: &fixture.assignments, method, folds: &fixture.folds };
+    let settings = Settings { assignments: &fixture.assignments, method, folds: &fixture.folds, search: None };
     let summary = quantize_model(settings, &Source(fixture.weights.clone()), Some(&mut block), store, &|_| {})?;
     Ok((summary, block))
 }

@@ -2,13 +2,15 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use common::{Random, correlated, hessian_of};
 use half::f16;
 use marlin_formats::FormatError;
 use marlin_formats::exl3::{Codebook, tile};
-use marlin_quantize::exl3::{
-    BitGroup, Encoder, Exl3, Exl3Inputs, Exl3Options, OutputScales, Path, allocate_bits, exl3,
-};
+use marlin_ops::trellis::{Path, PathSearch, Tile};
+use marlin_ops::{OpError, Result};
+use marlin_quantize::exl3::{BitGroup, Encoder, Exl3, Exl3Inputs, Exl3Options, OutputScales, allocate_bits, exl3};
 use marlin_quantize::{Hessian, QuantizeError};
 use safetensors::SafeTensors;
 
@@ -151,7 +153,8 @@ fn proxy_errors_are_those_of_the_reference_quantizer() {
         let prefix = format!("{}.k{bits}", codebook.name());
         let options = Exl3Options { codebook, bits, sigma: number("sigma_reg"), ..Exl3Options::default() };
         let inputs = Exl3Inputs::new(&hessian, "golden", &options).unwrap();
-        let Exl3 { matrix, proxy_error, global_scale } = exl3(&inputs, "golden", &weight, N, K, &options).unwrap();
+        let Exl3 { matrix, proxy_error, global_scale } =
+            exl3(None, &inputs, "golden", &weight, N, K, &options).unwrap();
         matrix.validate().unwrap();
         let expected = number(&format!("{prefix}.proxy_err"));
         println!("{prefix}: proxy error {proxy_error:.6}, reference {expected:.6}, global scale {global_scale:.4}");
@@ -171,7 +174,7 @@ fn relative_error(quantized: &Exl3, weight: &[f32]) -> f64 {
 fn uncalibrated(weight: &[f32], n: usize, k: usize, options: &Exl3Options) -> Exl3 {
     let inputs = Exl3Inputs::uncalibrated(k, "input", options).unwrap();
     assert!(!inputs.is_calibrated());
-    exl3(&inputs, "module", weight, n, k, options).unwrap()
+    exl3(None, &inputs, "module", weight, n, k, options).unwrap()
 }
 
 #[test]
@@ -214,7 +217,7 @@ fn sizes_are_padded() {
     let options = Exl3Options { bits: 4, ..Exl3Options::default() };
     let inputs = Exl3Inputs::new(&hessian, "input", &options).unwrap();
     assert!(inputs.is_calibrated());
-    let calibrated = exl3(&inputs, "module", &weight, n, k, &options).unwrap();
+    let calibrated = exl3(None, &inputs, "module", &weight, n, k, &options).unwrap();
     for quantized in [&calibrated, &uncalibrated(&weight, n, k, &options)] {
         let matrix = &quantized.matrix;
         matrix.validate().unwrap();
@@ -235,7 +238,7 @@ fn calibration_lowers_the_output_error() {
     let hessian = hessian_of(&correlated(&mut random, 1000, k), k);
     let options = Exl3Options { bits: 3, ..Exl3Options::default() };
     let loss = |inputs: &Exl3Inputs| {
-        let decoded = exl3(inputs, "module", &weight, n, k, &options).unwrap().matrix.decode().unwrap();
+        let decoded = exl3(None, inputs, "module", &weight, n, k, &options).unwrap().matrix.decode().unwrap();
         marlin_quantize::proxy_loss(&hessian, &weight, &decoded).unwrap()
     };
     let calibrated = loss(&Exl3Inputs::new(&hessian, "input", &options).unwrap());
@@ -255,7 +258,7 @@ fn results_depend_on_names_and_seed_but_not_on_threads() {
         pool.install(|| {
             let options = Exl3Options { bits: 4, seed, ..Exl3Options::default() };
             let inputs = Exl3Inputs::new(&hessian, input, &options).unwrap();
-            exl3(&inputs, module, &weight, n, k, &options).unwrap()
+            exl3(None, &inputs, module, &weight, n, k, &options).unwrap()
         })
     };
     let signs = |scales: &[u16]| scales.iter().map(|s| s >> 15).collect::<Vec<_>>();
@@ -283,7 +286,7 @@ fn output_scales_are_chosen() {
     let scaled = |activations: &[f32], output_scales| {
         let options = Exl3Options { bits: 5, output_scales, ..Exl3Options::default() };
         let inputs = Exl3Inputs::new(&hessian_of(activations, k), "input", &options).unwrap();
-        let svh = exl3(&inputs, "module", &weight, n, k, &options).unwrap().matrix.svh;
+        let svh = exl3(None, &inputs, "module", &weight, n, k, &options).unwrap().matrix.svh;
         let ones = svh.iter().all(|&bits| bits & 0x7FFF == f16::ONE.to_bits());
         !ones
     };
@@ -300,7 +303,7 @@ fn empty_calibration_and_empty_weights() {
     silent.accumulate(&vec![0.0; 3 * k]).unwrap();
     let inputs = Exl3Inputs::new(&silent, "input", &options).unwrap();
     assert!(!inputs.is_calibrated());
-    let quantized = exl3(&inputs, "module", &vec![0.0; n * k], n, k, &options).unwrap();
+    let quantized = exl3(None, &inputs, "module", &vec![0.0; n * k], n, k, &options).unwrap();
     assert_eq!(quantized.proxy_error, 0.0);
     assert!(quantized.matrix.decode().unwrap().iter().all(|&w| w == 0.0));
     // One direction only: the damping makes it definite; without damping there is none.
@@ -317,7 +320,7 @@ fn hostile_input_is_refused() {
     let options = Exl3Options::default();
     let inputs = Exl3Inputs::uncalibrated(k, "input", &options).unwrap();
     let weight = Random::new(1).normals(n * k);
-    let run = |weight: &[f32], n, k| exl3(&inputs, "module", weight, n, k, &options);
+    let run = |weight: &[f32], n, k| exl3(None, &inputs, "module", weight, n, k, &options);
 
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut bad = weight.clone();
@@ -345,13 +348,56 @@ fn hostile_input_is_refused() {
     }
     for bits in [0, 9, u32::MAX] {
         let options = Exl3Options { bits, ..options };
-        let error = exl3(&inputs, "module", &weight, n, k, &options);
+        let error = exl3(None, &inputs, "module", &weight, n, k, &options);
         assert!(matches!(error, Err(QuantizeError::Format(FormatError::TrellisBits { .. }))));
         assert!(Exl3Inputs::uncalibrated(k, "", &options).is_err());
     }
     for sigma in [-0.1, 1.5, f64::NAN] {
         let error = Exl3Inputs::uncalibrated(k, "", &Exl3Options { sigma, ..options });
         assert!(matches!(error, Err(QuantizeError::Option { option: "sigma", .. })));
+    }
+}
+
+/// A device that searches on the CPU, for so many calls.
+struct Device {
+    calls: AtomicUsize,
+    most_calls: usize,
+}
+
+impl PathSearch for Device {
+    fn tiles_at_once(&self, _: u32) -> usize {
+        5
+    }
+
+    fn run_search_paths(&self, codebook: Codebook, bits: u32, targets: &[Tile]) -> Result<Vec<Path>> {
+        assert!((1..=5).contains(&targets.len()), "{} tiles", targets.len());
+        if self.calls.fetch_add(1, Ordering::Relaxed) >= self.most_calls {
+            return Err(OpError::Device { operation: "search_paths", reason: "it was unplugged".into() });
+        }
+        let encoder = Encoder::new(codebook, bits);
+        let mut workspace = encoder.workspace();
+        Ok(targets.iter().map(|target| encoder.encode(target, &mut workspace)).collect())
+    }
+}
+
+#[test]
+fn a_device_searches_all_tiles_and_its_failure_is_told() {
+    let (n, k) = (200, 256);
+    let mut random = Random::new(12);
+    let weight = random.normals(n * k);
+    let hessian = hessian_of(&correlated(&mut random, 300, k), k);
+    let options = Exl3Options { bits: 4, ..Exl3Options::default() };
+    let inputs = Exl3Inputs::new(&hessian, "input", &options).unwrap();
+    let device = |most_calls| Device { calls: AtomicUsize::new(0), most_calls };
+    let run = |device: &Device| exl3(Some(device), &inputs, "module", &weight, n, k, &options);
+
+    let whole = device(usize::MAX);
+    assert_eq!(run(&whole).unwrap(), exl3(None, &inputs, "module", &weight, n, k, &options).unwrap());
+    let calls = whole.calls.into_inner();
+    // The scales take most of them: 16 row blocks of 4 batches of columns follow.
+    for most_calls in [0, calls - 64, calls - 1] {
+        let error = run(&device(most_calls)).unwrap_err();
+        assert!(matches!(error, QuantizeError::Device(_)) && error.to_string().contains("unplugged"), "{error}");
     }
 }
 

@@ -12,7 +12,7 @@ use marlin_quantize::{
 };
 
 fn run(fixture: &mut Fixture, method: Method, sink: &mut Memory) -> Result<Summary, QuantizeError> {
-    let settings = Settings { assignments: &fixture.assignments, method, folds: &[] };
+    let settings = Settings { assignments: &fixture.assignments, method, folds: &[], search: None };
     let source = Source(fixture.weights.clone());
     let chain = Some(&mut fixture.chain as &mut dyn Calibration);
     quantize_model(settings, &source, chain, sink, &|_| {})
@@ -86,8 +86,12 @@ fn gptq_calibrates_each_layer_on_the_quantized_layers_before_it() {
 #[test]
 fn events_follow_the_work() {
     let mut fixture = fixture();
-    let settings =
-        Settings { assignments: &fixture.assignments, method: Method::Gptq(GptqOptions::default()), folds: &[] };
+    let settings = Settings {
+        assignments: &fixture.assignments,
+        method: Method::Gptq(GptqOptions::default()),
+        folds: &[],
+        search: None,
+    };
     let seen = Mutex::new(Vec::new());
     quantize_model(
         settings,
@@ -146,8 +150,12 @@ fn failures_name_the_module_and_end_the_job() {
 #[test]
 fn gptq_without_calibration_is_an_error() {
     let fixture = fixture();
-    let settings =
-        Settings { assignments: &fixture.assignments, method: Method::Gptq(GptqOptions::default()), folds: &[] };
+    let settings = Settings {
+        assignments: &fixture.assignments,
+        method: Method::Gptq(GptqOptions::default()),
+        folds: &[],
+        search: None,
+    };
     let source = Source(fixture.weights.clone());
     let error = quantize_model(settings, &source, None, &mut Memory::default(), &|_| {});
     assert!(matches!(error, Err(QuantizeError::NoCalibrationRows)));

@@ -36,7 +36,7 @@ fn child() {
     let mut staging = Staging::open(Path::new(&std::env::var_os(STAGING).unwrap()), &fingerprint(method)).unwrap();
     let mut fixture = fixture();
     let assignments = targets(method, &fixture.assignments);
-    let settings = Settings { assignments: &assignments, method, folds: &[] };
+    let settings = Settings { assignments: &assignments, method, folds: &[], search: None };
     let source = Slow(Source(fixture.weights.clone()));
     let chain: &mut dyn Calibration = &mut fixture.chain;
     quantize_model(settings, &source, Some(chain), &mut staging, &|_| {}).unwrap();

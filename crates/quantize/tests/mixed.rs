@@ -123,7 +123,7 @@ fn measured_losses_are_those_of_gptq_and_are_not_measured_twice() {
 
     // The quantization goes on in the same store.
     let method = Method::Gptq(options);
-    let settings = Settings { assignments: &first.assignments, method, folds: &[] };
+    let settings = Settings { assignments: &first.assignments, method, folds: &[], search: None };
     let mut alone = Memory::default();
     quantize_model(settings, &source, Some(&mut fixture().chain), &mut alone, &|_| {}).unwrap();
     let mut after = After { parts: measured.parts, store: &mut store };

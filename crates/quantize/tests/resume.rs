@@ -12,7 +12,7 @@ const PARTS: [usize; 4] = [3, 4, 4, 3];
 fn run(method: Method, store: &mut dyn PartStore) -> Result<Summary, QuantizeError> {
     let mut fixture = fixture();
     let assignments = targets(method, &fixture.assignments);
-    let settings = Settings { assignments: &assignments, method, folds: &[] };
+    let settings = Settings { assignments: &assignments, method, folds: &[], search: None };
     let source = Source(fixture.weights.clone());
     quantize_model(settings, &source, Some(&mut fixture.chain), store, &|_| {})
 }
@@ -89,7 +89,7 @@ fn finished_layers_are_not_quantized_again_and_feed_the_next() {
         for (name, _) in memory.parts.iter().flat_map(|part| &part.weights) {
             source.0.remove(name);
         }
-        let settings = Settings { assignments: &fixture.assignments, method, folds: &[] };
+        let settings = Settings { assignments: &fixture.assignments, method, folds: &[], search: None };
         let restored = std::sync::Mutex::new(0);
         let progress = |event: Event<'_>| {
             if let Event::Restored { weights } = event {

@@ -104,7 +104,7 @@ pub struct QuantizeArgs {
     /// Discard what an interrupted run has finished instead of going on from there
     #[arg(long)]
     restart: bool,
-    /// Device that runs the calibration
+    /// Device that runs the calibration and, if it is a GPU, the search for EXL3 codes
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceKind,
 }
@@ -177,7 +177,8 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
         })
     };
     let (input, recipe, output) = (&input, &recipe, args.output.as_path());
-    let mut job = Job { input, recipe, assignments, folds, method, output, calibrate: &calibrate };
+    let search = with_device!(&device, |backend| backend.path_search());
+    let mut job = Job { input, recipe, assignments, folds, method, search, output, calibrate: &calibrate };
     let (summary, written, mixture) = job.run(staging)?;
     report::warn(&summary);
     if let Some(mixture) = &mixture {

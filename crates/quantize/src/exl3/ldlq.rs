@@ -2,12 +2,13 @@
 
 use half::f16;
 use marlin_formats::exl3::tile::{self, SIDE};
+use marlin_ops::trellis::{Path, Tile};
 use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
 
 use super::incoherence::Inner;
 use super::ldl::BlockLdl;
-use super::viterbi::{Encoder, Workspace, Workspaces};
+use super::search::Search;
 use crate::dense::{view, view_mut};
 use crate::{QuantizeError, Result};
 
@@ -19,28 +20,20 @@ pub(super) struct Coded {
     pub(super) proxy_error: f64,
 }
 
-/// Sixteen columns after quantization.
-struct Column {
-    /// `[K / 16, 16 bits]`.
-    trellis: Vec<u16>,
-    /// `tr(E^T H E)`.
-    loss: f64,
-    /// `tr(W^T H W)`.
-    energy: f64,
-}
-
 /// Quantizes all tiles; without a factor each on its own, and `H` is the identity.
 ///
 /// With `H = L D L^T`, `tr(E^T H E)` is the sum over blocks of rows `j` of `tr(r_j^T D_j r_j)`, `r = L^T E`: the choice of
 /// block `j` cannot change the later terms, and `r_j` is the error of encoding `W_j + (L^T E)_j - E_j`. Columns do not
 /// depend on each other.
-pub(super) fn quantize(factor: Option<&BlockLdl>, encoder: &Encoder, inner: &Inner) -> Result<Coded> {
-    let workspaces = Workspaces::new(encoder);
-    let columns = (0..inner.columns / SIDE)
-        .into_par_iter()
-        .map(|c| workspaces.with(|workspace| quantize_column(factor, encoder, inner, c, workspace)))
-        .collect::<Result<Vec<Column>>>()?;
-    let words = tile::words(encoder.bits());
+pub(super) fn quantize(factor: Option<&BlockLdl>, search: &Search<'_>, inner: &Inner) -> Result<Coded> {
+    let count = inner.columns / SIDE;
+    let columns: Vec<usize> = (0..count).collect();
+    let columns: Vec<Vec<Column>> = columns
+        .par_chunks(search.batch(count))
+        .map(|columns| quantize_columns(factor, search, inner, columns))
+        .collect::<Result<_>>()?;
+    let columns: Vec<Column> = columns.into_iter().flatten().collect();
+    let words = tile::words(search.bits());
     let tiles =
         (0..inner.rows / SIDE).flat_map(|a| columns.iter().map(move |column| &column.trellis[a * words..][..words]));
     let trellis = tiles.flatten().copied().collect();
@@ -49,52 +42,113 @@ pub(super) fn quantize(factor: Option<&BlockLdl>, encoder: &Encoder, inner: &Inn
     Ok(Coded { trellis, proxy_error: if energy == 0.0 { 0.0 } else { loss / energy } })
 }
 
-/// Quantizes the sixteen columns from `16 c`.
-fn quantize_column(
+/// Quantizes some columns of tiles, a tile of each at a time.
+fn quantize_columns(
     factor: Option<&BlockLdl>,
-    encoder: &Encoder,
+    search: &Search<'_>,
     inner: &Inner,
-    c: usize,
-    workspace: &mut Workspace,
-) -> Result<Column> {
-    let words = tile::words(encoder.bits());
-    let mut column = Column { trellis: vec![0; inner.rows / SIDE * words], loss: 0.0, energy: 0.0 };
-    // Rows of sixteen errors, 0 until known, then sixteen weights.
-    let mut rows: Vec<f32> =
-        inner.column(c).flat_map(|weights| [0.0; SIDE].into_iter().chain(weights.iter().copied())).collect();
+    columns: &[usize],
+) -> Result<Vec<Column>> {
+    let mut columns: Vec<Column> = columns.iter().map(|&c| Column::new(inner, c, search.bits())).collect();
     for block in (0..inner.rows / SIDE).rev() {
-        let (above, below) = rows.split_at_mut((block + 1) * SIDE * 2 * SIDE);
-        let rows = &mut above[block * SIDE * 2 * SIDE..];
-        let mut carried = [0.0f32; SIDE * 2 * SIDE];
+        let targets =
+            columns.par_iter_mut().map(|column| column.target(factor, block)).collect::<Result<Vec<Tile>>>()?;
+        let paths = search.paths(&targets)?;
+        let coded = columns.par_iter_mut().zip(targets.par_iter().zip(&paths));
+        coded
+            .map(|(column, (target, path))| column.take(factor, search, block, target, path))
+            .collect::<Result<()>>()?;
+    }
+    Ok(columns.into_iter().map(Column::finished).collect())
+}
+
+/// Elements of a row: sixteen errors, 0 until known, then sixteen weights.
+const ROW: usize = 2 * SIDE;
+
+/// Sixteen columns under way from the last row to the first.
+struct Column {
+    /// Number among the columns of tiles.
+    c: usize,
+    /// `[K, ROW]`.
+    rows: Vec<f32>,
+    /// What the rows below add to those of the current block, `[SIDE, ROW]`.
+    carried: [f32; SIDE * ROW],
+    /// `[K / 16, 16 bits]`.
+    trellis: Vec<u16>,
+    /// `tr(E^T H E)`.
+    loss: f64,
+    /// `tr(W^T H W)`.
+    energy: f64,
+}
+
+impl Column {
+    fn new(inner: &Inner, c: usize, bits: u32) -> Self {
+        Self {
+            c,
+            rows: inner.column(c).flat_map(|weights| [0.0; SIDE].into_iter().chain(weights.iter().copied())).collect(),
+            carried: [0.0; SIDE * ROW],
+            trellis: vec![0; inner.rows / SIDE * tile::words(bits)],
+            loss: 0.0,
+            energy: 0.0,
+        }
+    }
+
+    /// Without the rows, which nobody needs any more.
+    fn finished(mut self) -> Self {
+        self.rows = Vec::new();
+        self
+    }
+
+    /// The target of block `block`, the one above those that are quantized.
+    fn target(&mut self, factor: Option<&BlockLdl>, block: usize) -> Result<Tile> {
+        let (above, below) = self.rows.split_at((block + 1) * SIDE * ROW);
+        let rows = &above[block * SIDE * ROW..];
+        self.carried.fill(0.0);
         if let Some(factor) = factor.filter(|_| !below.is_empty()) {
             let panel = view(factor.panel(block), SIDE);
-            general_mat_mul(1.0, &panel.t(), &view(below, 2 * SIDE), 0.0, &mut view_mut(&mut carried, 2 * SIDE));
+            general_mat_mul(1.0, &panel.t(), &view(below, ROW), 0.0, &mut view_mut(&mut self.carried, ROW));
         }
-        let at = |row: usize, column: usize| row * 2 * SIDE + column;
         let mut target = [0.0; tile::WEIGHTS];
         for (p, target) in target.iter_mut().enumerate() {
             let (i, n) = tile::element(p);
-            *target = rows[at(i, SIDE + n)] + carried[at(i, n)];
+            *target = rows[at(i, SIDE + n)] + self.carried[at(i, n)];
             if !f16::from_f32(*target).is_finite() {
-                return Err(QuantizeError::Diverged { n: c * SIDE + n });
+                return Err(QuantizeError::Diverged { n: self.c * SIDE + n });
             }
         }
-        let path = encoder.encode(&target, workspace);
-        tile::pack(&path, encoder.bits(), &mut column.trellis[block * words..][..words])?;
+        Ok(target)
+    }
 
+    /// Takes the path that was found for the target of block `block`.
+    fn take(
+        &mut self,
+        factor: Option<&BlockLdl>,
+        search: &Search<'_>,
+        block: usize,
+        target: &Tile,
+        path: &Path,
+    ) -> Result<()> {
+        let words = tile::words(search.bits());
+        tile::pack(path, search.bits(), &mut self.trellis[block * words..][..words])?;
+        let rows = &mut self.rows[block * SIDE * ROW..][..SIDE * ROW];
         let mut error = [[0.0; SIDE]; SIDE];
         let mut energy = [[0.0; SIDE]; SIDE];
-        for (p, (&word, target)) in path.iter().zip(target).enumerate() {
+        for (p, (&word, &target)) in path.iter().zip(target).enumerate() {
             let (i, n) = tile::element(p);
-            let (weight, value) = (rows[at(i, SIDE + n)], encoder.value(word));
+            let (weight, value) = (rows[at(i, SIDE + n)], search.value(word));
             error[i][n] = f64::from(target) - f64::from(value);
-            energy[i][n] = f64::from(weight) + f64::from(carried[at(i, SIDE + n)]);
+            energy[i][n] = f64::from(weight) + f64::from(self.carried[at(i, SIDE + n)]);
             rows[at(i, n)] = weight - value;
         }
-        column.loss += weigh(factor, block, &error);
-        column.energy += weigh(factor, block, &energy);
+        self.loss += weigh(factor, block, &error);
+        self.energy += weigh(factor, block, &energy);
+        Ok(())
     }
-    Ok(column)
+}
+
+/// Index in a block of rows.
+fn at(row: usize, column: usize) -> usize {
+    row * ROW + column
 }
 
 fn weigh(factor: Option<&BlockLdl>, block: usize, x: &[[f64; SIDE]; SIDE]) -> f64 {
@@ -149,14 +203,14 @@ mod tests {
         let weight = weights(99, K * K);
         let inner = Inner::from_fn(K, K, |k, n| weight[k * K + n] as f32);
         let h = hessian();
-        let encoder = Encoder::new(Codebook::Mul1, 2);
+        let search = Search::new(Codebook::Mul1, 2, None);
 
-        let plain = quantize(None, &encoder, &inner).unwrap();
+        let plain = quantize(None, &search, &inner).unwrap();
         let (mse, proxy) = errors(&plain, &weight, &h);
         assert!((mse - 0.0669).abs() < 5e-5 && (proxy - 0.0693).abs() < 5e-5, "mse {mse}, proxy error {proxy}");
 
         let factor = BlockLdl::new(h.clone(), K, 0.0).unwrap();
-        let coded = quantize(Some(&factor), &encoder, &inner).unwrap();
+        let coded = quantize(Some(&factor), &search, &inner).unwrap();
         let (mse, proxy) = errors(&coded, &weight, &h);
         assert!((mse - 0.0780).abs() < 5e-5 && (proxy - 0.0572).abs() < 5e-5, "mse {mse}, proxy error {proxy}");
         assert!((coded.proxy_error / proxy - 1.0).abs() < 1e-5, "{} of the blocks, {proxy}", coded.proxy_error);
@@ -165,7 +219,7 @@ mod tests {
     #[test]
     fn weights_beyond_f16_diverge() {
         let inner = Inner::from_fn(K, K, |k, n| if (k, n) == (3, 77) { 65_520.0 } else { 0.0 });
-        let result = quantize(None, &Encoder::new(Codebook::Mcg, 8), &inner);
+        let result = quantize(None, &Search::new(Codebook::Mcg, 8, None), &inner);
         assert!(matches!(result, Err(QuantizeError::Diverged { n: 77 })));
     }
 }

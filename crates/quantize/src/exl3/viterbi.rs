@@ -1,18 +1,11 @@
 //! The best tail-biting path of a tile through the trellis.
 
-use std::sync::{Mutex, PoisonError};
-
 use half::f16;
 use marlin_formats::exl3::{Codebook, tile};
+use marlin_ops::trellis::{FIRST_START, Path, Tile};
 
 use super::aligned::Aligned;
 use super::step::{Isa, Steps};
-
-/// Words (16-bit states) of all positions of a tile.
-pub type Path = [u16; tile::WEIGHTS];
-
-/// Where the first pass starts, so that it forgets its start before it reaches position 0.
-const START: usize = tile::WEIGHTS / 2;
 
 /// Encodes tiles with one codebook at one bit rate.
 pub struct Encoder {
@@ -61,17 +54,16 @@ impl Encoder {
         Workspace { costs: Aligned::zeros((tile::WEIGHTS / self.interval + 3) * self.steps.states()) }
     }
 
-    /// The words whose values come closest to `target`, in the order of positions and rounded to f16: two passes of
-    /// Viterbi's algorithm, the first to choose the state in which the cycle closes. Among equal costs the smallest
-    /// predecessor wins.
+    /// The path of `target`, as [`PathSearch`](marlin_ops::PathSearch) defines it.
     ///
     /// # Panics
     /// When a target is not finite as f16, or the workspace is another encoder's.
-    pub fn encode(&self, target: &[f32; tile::WEIGHTS], workspace: &mut Workspace) -> Path {
+    pub fn encode(&self, target: &Tile, workspace: &mut Workspace) -> Path {
         let target = &target.map(|x| f16::from_f32(x).to_f32());
         assert!(target.iter().all(|x| x.is_finite()), "targets are finite as f16");
         let mut path = [0; tile::WEIGHTS];
-        let mut pass = Pass { encoder: self, target, start: START, first: START, costs: &mut workspace.costs };
+        let mut pass =
+            Pass { encoder: self, target, start: FIRST_START, first: FIRST_START, costs: &mut workspace.costs };
         pass.forward(|costs| costs.fill(0.0));
         let end = pass.cheapest_end();
         let closing = pass.trace(end, &mut path);
@@ -87,31 +79,10 @@ impl Encoder {
     }
 }
 
-/// Workspaces to take turns with, as many as threads ask at the same time.
-pub(super) struct Workspaces<'a> {
-    encoder: &'a Encoder,
-    free: Mutex<Vec<Workspace>>,
-}
-
-impl<'a> Workspaces<'a> {
-    pub(super) fn new(encoder: &'a Encoder) -> Self {
-        Self { encoder, free: Mutex::new(Vec::new()) }
-    }
-
-    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Workspace) -> R) -> R {
-        let free = || self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = free().pop();
-        let mut workspace = taken.unwrap_or_else(|| self.encoder.workspace());
-        let result = f(&mut workspace);
-        free().push(workspace);
-        result
-    }
-}
-
 /// One pass over all positions, cyclically from `start`.
 struct Pass<'a> {
     encoder: &'a Encoder,
-    target: &'a [f32; tile::WEIGHTS],
+    target: &'a Tile,
     start: usize,
     /// The first step whose costs are kept: the trace ends there.
     first: usize,

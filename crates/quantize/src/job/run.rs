@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use marlin_formats::Scheme;
+use marlin_ops::PathSearch;
 use rayon::prelude::*;
 
 use super::awq::Scaled;
@@ -37,7 +38,7 @@ pub fn quantize_model(
 ) -> Result<Summary> {
     let tasks: Vec<Task<'_>> =
         settings.assignments.iter().filter_map(|assignment| Some((&assignment.module, assignment.target?))).collect();
-    let quantizer = Quantizer { method: settings.method, source, progress };
+    let quantizer = Quantizer { method: settings.method, search: settings.search, source, progress };
     let mut job = Job { quantizer, folds: settings.folds, store, next: 0, summary: Summary::default() };
     match settings.method {
         Method::Rtn(_) => {
@@ -242,6 +243,7 @@ pub(super) struct Done {
 /// What the modules of a part are quantized with.
 pub(super) struct Quantizer<'a> {
     pub(super) method: Method,
+    search: Option<&'a dyn PathSearch>,
     pub(super) source: &'a dyn ModelSource,
     progress: &'a (dyn Fn(Event<'_>) + Sync),
 }
@@ -317,7 +319,7 @@ impl Quantizer<'_> {
         };
         let weight = self.source.weight(module).map_err(QuantizeError::Source)?;
         let options = Exl3Options { codebook, bits, ..*options };
-        let found = exl3(inputs, &module.name, &weight, module.out_features, module.in_features, &options);
+        let found = exl3(self.search, inputs, &module.name, &weight, module.out_features, module.in_features, &options);
         Ok(self.done(module, QuantizedWeight::Exl3(found.map_err(|error| of(module, error))?.matrix), notes))
     }
 

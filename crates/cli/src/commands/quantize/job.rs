@@ -8,6 +8,7 @@ use anyhow::{Result, anyhow, bail};
 use indicatif::ProgressBar;
 use marlin_formats::Scheme;
 use marlin_models::WriteSummary;
+use marlin_ops::PathSearch;
 use marlin_quantize::{
     After, Assignment, Calibration, Event, Fold, GptqOptions, Measured, Method, Mixture, PartStore, Sensitivity,
     Settings, Staging, Summary, Target, allocate_formats, measure_model, quantize_model,
@@ -36,6 +37,8 @@ pub(super) struct Job<'a> {
     pub(super) assignments: Vec<Assignment>,
     pub(super) folds: Vec<Fold>,
     pub(super) method: Method,
+    /// What searches for EXL3 codes in place of the CPU.
+    pub(super) search: Option<&'a dyn PathSearch>,
     pub(super) output: &'a Path,
     pub(super) calibrate: Calibrate<'a>,
 }
@@ -107,7 +110,8 @@ impl Job<'_> {
     fn quantize(&self, measured: usize, staging: &mut Staging) -> Result<Summary> {
         let mut calibration = (self.calibrate)()?;
         let calibration = calibration.as_mut().map(|model| &mut **model as &mut dyn Calibration);
-        let settings = Settings { assignments: &self.assignments, method: self.method, folds: &self.folds };
+        let Self { assignments, method, folds, search, .. } = self;
+        let settings = Settings { assignments, method: *method, folds, search: *search };
         let progress = Progress::new(&self.assignments, "");
         let mut store = After { store: staging, parts: measured };
         let summary =
