@@ -1,13 +1,15 @@
-//! The search for EXL3 codes: paths of every rate and codebook, word for word.
+//! The search for EXL3 codes at every rate and with every codebook. Among paths of almost equal cost the rounding of f32
+//! decides, so that costs are compared, and whether paths are paths.
 
+use half::f16;
 use marlin_formats::exl3::{Codebook, tile};
-use marlin_ops::trellis::Tile;
+use marlin_ops::trellis::{Path, Tile};
 use marlin_ops::{Backend, OpError, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
 use crate::input::Output;
 use crate::random::Random;
-use crate::tolerance::Tolerance;
+use crate::tolerance::{self, Tolerance};
 
 #[derive(Clone, Copy)]
 struct SearchCase {
@@ -31,6 +33,19 @@ impl SearchCase {
         }
         tiles
     }
+
+    /// The sum of squared errors.
+    fn cost(&self, path: &Path, target: &Tile) -> f64 {
+        let error = |(&word, &x): (&u16, &f32)| self.codebook.value(word).to_f64() - f16::from_f32(x).to_f64();
+        path.iter().zip(target).map(|pair| error(pair).powi(2)).sum()
+    }
+
+    /// Words that do not continue the one before, in the cycle.
+    fn breaks(&self, path: &Path) -> f64 {
+        let before = |p: usize| path[(p + path.len() - 1) % path.len()];
+        let breaks = |p: &usize| u32::from(path[*p]) >> self.bits != u32::from(before(*p)) & (0xFFFF >> self.bits);
+        (0..path.len()).filter(breaks).count() as f64
+    }
 }
 
 impl Case for SearchCase {
@@ -44,11 +59,14 @@ impl Case for SearchCase {
     fn run<B: Backend>(&self, b: &B) -> Result<Vec<Output>> {
         let none = || OpError::Device { operation: "search_paths", reason: "it has no search".into() };
         let paths = b.path_search().ok_or_else(none)?.search_paths(self.codebook, self.bits, &self.targets())?;
-        Ok(vec![Output { name: "paths", values: paths.as_flattened().iter().copied().map(f64::from).collect() }])
+        let costs = paths.iter().zip(self.targets()).map(|(path, target)| self.cost(path, &target)).collect();
+        let breaks = paths.iter().map(|path| self.breaks(path)).collect();
+        Ok(vec![Output { name: "costs", values: costs }, Output { name: "breaks", values: breaks }])
     }
 
     fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
-        vec![Tolerance::Exact]
+        let relative = Tolerance::Elements { ulps: 0.0, relative: tolerance::PATH_COST, absolute: vec![] };
+        vec![relative, Tolerance::Exact]
     }
 }
 

@@ -1,11 +1,10 @@
-//! The search for EXL3 codes: a launch for each step of Viterbi's algorithm over all tiles, so that the end of a launch is
-//! the only barrier that the steps need.
+//! The search for EXL3 codes: Viterbi's algorithm, a cube a tile.
 
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::exl3::{Codebook, tile};
-use marlin_ops::Result;
 use marlin_ops::trellis::{FIRST_START, Path, PathSearch, Tile};
+use marlin_ops::{Device, Result};
 
 use crate::launch::{UNITS, cubes, cubes_for, units};
 use crate::{Buffer, Gpu};
@@ -38,117 +37,147 @@ impl Search {
         self.bits.next_power_of_two()
     }
 
-    /// States whose choices share a word.
-    const fn states_per_word(self) -> usize {
-        32 / self.choice_bits()
+    /// Quads of states whose choices share a word. They are [`Search::quad_distance`] states apart, so that neighbouring
+    /// units have neighbouring quads.
+    const fn quads_per_word(self) -> usize {
+        32 / self.choice_bits() / QUAD
     }
 
     /// Words of choices that a step of a tile makes.
     const fn choice_words(self) -> usize {
-        self.states() / self.states_per_word()
+        self.states() / QUAD / self.quads_per_word()
+    }
+
+    const fn quad_distance(self) -> usize {
+        QUAD * self.choice_words()
     }
 }
 
-/// Where the costs before a step come from.
+/// Most units of a cube of [`forward`]: one for each word of choices, and values and costs stay in the first-level cache.
+const STEP_UNITS: u32 = 1024;
+
+/// Where a pass starts.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
-enum Before {
-    /// The step before.
-    Stored,
-    /// The first pass starts in all states.
+enum Start {
+    /// The first pass: in all states.
     AllStates,
-    /// The second starts in the closing state of its tile.
+    /// The second: in the closing state of its tile.
     ClosingState,
 }
 
-/// The cost of a state before a step.
-#[cube]
-fn cost_before(
-    costs: &[f32],
+/// Steps `first` to `first + count - 1` of a pass, a cube a tile: `after[state] = min over m of before[word >> bits] +
+/// (value(word) - x)^2`, and which m it was. `values` has two f16 a word, `costs` is `[2, tiles, states]`, where the costs
+/// before step t are in half `t % 2`, and `choices` is `[positions, tiles, choice_words]`.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn forward(
+    targets: &[f32],
+    values: &[u32],
     closing: &[u32],
-    tile: usize,
-    state: usize,
+    costs: &mut [f32],
+    choices: &mut [u32],
+    tiles: u32,
+    first: u32,
+    count: u32,
     #[comptime] s: Search,
-    #[comptime] from: Before,
-) -> f32 {
-    if comptime!(from == Before::Stored) {
-        costs[tile * comptime!(s.states()) + state]
-    } else if comptime!(from == Before::AllStates) {
-        f32::new(0.0)
-    } else {
-        select(closing[tile] == state as u32, 0.0f32.runtime(), UNREACHABLE.runtime())
+    #[comptime] start: Start,
+) {
+    let tile = CUBE_POS;
+    if tile < tiles as usize {
+        let tiles = tiles as usize;
+        let states = comptime!(s.states());
+        let words = comptime!(s.choice_words());
+        if first == 0u32 {
+            let mut state = UNIT_POS as usize;
+            while state < states {
+                costs[tile * states + state] = start_cost(closing, tile, state, start);
+                state += CUBE_DIM as usize;
+            }
+            sync_storage();
+        }
+        for t in first..first + count {
+            let before = (t as usize % 2usize * tiles + tile) * states;
+            let after = ((t as usize + 1usize) % 2usize * tiles + tile) * states;
+            let position = match comptime!(start) {
+                Start::AllStates => (t as usize + FIRST_START) % POSITIONS,
+                Start::ClosingState => t as usize,
+            };
+            let x = targets[tile * POSITIONS + position];
+            let mut i = UNIT_POS as usize;
+            while i < words {
+                choices[(t as usize * tiles + tile) * words + i] = step(values, costs, before, after, x, i * QUAD, s);
+                i += CUBE_DIM as usize;
+            }
+            sync_storage();
+        }
     }
 }
 
-/// One step of all tiles: `after[state] = min over m of before[word >> bits] + (value(word) - x)^2`, and which m it was.
-/// `values` has two f16 a word, `choices` is `[tiles, choice_words]`.
-#[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
+/// The cost of a state before the first step.
+#[cube]
+fn start_cost(closing: &[u32], tile: usize, state: usize, #[comptime] start: Start) -> f32 {
+    match comptime!(start) {
+        Start::AllStates => f32::new(0.0),
+        Start::ClosingState => select(closing[tile] == state as u32, 0.0f32.runtime(), UNREACHABLE.runtime()),
+    }
+}
+
+/// One step of the states that share a word of choices, the first of them `first`; returns that word.
+#[cube]
 fn step(
-    targets: &[f32],
     values: &[u32],
-    before: &[f32],
-    closing: &[u32],
-    after: &mut [f32],
-    choices: &mut [u32],
-    tiles: u32,
-    position: u32,
-    choices_start: u32,
+    costs: &mut [f32],
+    before: usize,
+    after: usize,
+    x: f32,
+    first: usize,
     #[comptime] s: Search,
-    #[comptime] from: Before,
-) {
-    let unit = ABSOLUTE_POS;
-    let words = comptime!(s.choice_words());
-    if unit < tiles as usize * words {
-        let tile = unit / words;
-        let x = targets[tile * POSITIONS + position as usize];
-        let first = unit % words * comptime!(s.states_per_word());
-        let mut chosen = 0u32.runtime();
+) -> u32 {
+    let mut chosen = 0u32.runtime();
+    #[unroll]
+    for quad in 0..comptime!(s.quads_per_word()) {
+        let state = first + comptime!(quad * s.quad_distance());
+        let mut best = Array::<f32>::new(QUAD);
+        let mut choice = Array::<u32>::new(QUAD);
         #[unroll]
-        for quad in 0..comptime!(s.states_per_word() / QUAD) {
-            let state = first + comptime!(quad * QUAD);
-            let mut best = Array::<f32>::new(QUAD);
-            let mut choice = Array::<u32>::new(QUAD);
+        for i in 0..QUAD {
+            best[i] = UNREACHABLE.runtime();
+            choice[i] = 0u32.runtime();
+        }
+        for m in 0..comptime!(1u32 << s.bits) {
+            let word = m as usize * comptime!(s.states()) + state;
             #[unroll]
-            for i in 0..QUAD {
-                best[i] = UNREACHABLE.runtime();
-                choice[i] = 0u32.runtime();
-            }
-            for m in 0..comptime!(1u32 << s.bits) {
-                let word = m as usize * comptime!(s.states()) + state;
+            for pair in 0..comptime!(QUAD / 2) {
+                // Two words in a row have the same predecessor.
+                let cost = costs[before + ((word + comptime!(2 * pair)) >> comptime!(s.bits))];
+                let halves = Vector::<f16, Const<2>>::reinterpret(values[word / 2usize + pair]);
                 #[unroll]
-                for pair in 0..comptime!(QUAD / 2) {
-                    // Two words in a row have the same predecessor.
-                    let predecessor = (word + comptime!(2 * pair)) >> comptime!(s.bits);
-                    let cost = cost_before(before, closing, tile, predecessor, s, from);
-                    let halves = Vector::<f16, Const<2>>::reinterpret(values[word / 2usize + pair]);
-                    #[unroll]
-                    for half in 0..2usize {
-                        let i = comptime!(2 * pair + half);
-                        let error = f32::cast_from(halves.extract(half)) - x;
-                        let cost = cost + error * error;
-                        let better = cost < best[i];
-                        best[i] = select(better, cost, best[i]);
-                        choice[i] = select(better, m, choice[i]);
-                    }
+                for half in 0..2usize {
+                    let i = comptime!(2 * pair + half);
+                    let error = f32::cast_from(halves.extract(half)) - x;
+                    let cost = cost + error * error;
+                    let better = cost < best[i];
+                    best[i] = select(better, cost, best[i]);
+                    choice[i] = select(better, m, choice[i]);
                 }
             }
-            #[unroll]
-            for i in 0..QUAD {
-                after[tile * comptime!(s.states()) + state + i] = best[i];
-                chosen |= choice[i] << comptime!(((quad * QUAD + i) * s.choice_bits()) as u32);
-            }
         }
-        choices[choices_start as usize + unit] = chosen;
+        #[unroll]
+        for i in 0..QUAD {
+            costs[after + state + i] = best[i];
+            chosen |= choice[i] << comptime!(((quad * QUAD + i) * s.choice_bits()) as u32);
+        }
     }
+    chosen
 }
 
 /// The word that leads to `state` after step `t`.
 #[cube]
 fn chosen_word(choices: &[u32], tiles: u32, tile: usize, t: usize, state: usize, #[comptime] s: Search) -> u32 {
     let words = comptime!(s.choice_words());
-    let per_word = comptime!(s.states_per_word());
-    let word = choices[(t * tiles as usize + tile) * words + state / per_word];
-    let shift = (state % per_word) as u32 * comptime!(s.choice_bits() as u32);
+    let word = choices[(t * tiles as usize + tile) * words + state / QUAD % words];
+    let place = state / comptime!(s.quad_distance()) * QUAD + state % QUAD;
+    let shift = place as u32 * comptime!(s.choice_bits() as u32);
     let m = (word >> shift) & comptime!((1u32 << s.bits) - 1u32);
     m * comptime!(s.states() as u32) + state as u32
 }
@@ -213,8 +242,8 @@ struct Batch {
     tiles: usize,
     targets: Buffer,
     values: Buffer,
-    /// Before and after a step, in turn.
-    costs: [Buffer; 2],
+    /// `[2, tiles, states]`.
+    costs: Buffer,
     /// `[positions, tiles, choice_words]`.
     choices: Buffer,
     /// State before position 0 of each tile.
@@ -231,26 +260,26 @@ impl<R: Runtime> Gpu<R> {
             tiles,
             targets: self.create_f32(OP, &rounded)?,
             values: values.clone(),
-            costs: [words(tiles * s.states())?, words(tiles * s.states())?],
+            costs: words(2 * tiles * s.states())?,
             choices: words(POSITIONS * tiles * s.choice_words())?,
             closing: words(tiles)?,
             paths: words(tiles * POSITIONS)?,
         };
-        self.forward(s, &batch, FIRST_START, Before::AllStates);
+        self.pass(s, &batch, Start::AllStates);
         // SAFETY: the buffers hold what the kernel's documentation says, of `tiles` tiles; further cubes do nothing.
         unsafe {
             close::launch_unchecked::<R>(
                 self.client(),
                 cubes(tiles),
                 units(),
-                batch.costs[POSITIONS % 2].arg(tiles * s.states()),
+                batch.costs.arg(2 * tiles * s.states()),
                 batch.choices.arg(POSITIONS * tiles * s.choice_words()),
                 batch.closing.arg(tiles),
                 tiles as u32,
                 s,
             );
         }
-        self.forward(s, &batch, 0, Before::ClosingState);
+        self.pass(s, &batch, Start::ClosingState);
         // SAFETY: as above; further units do nothing.
         unsafe {
             trace::launch_unchecked::<R>(
@@ -269,31 +298,37 @@ impl<R: Runtime> Gpu<R> {
         Ok(words.as_chunks::<POSITIONS>().0.to_vec())
     }
 
-    /// One pass over all positions, cyclically from `start`.
-    fn forward(&self, s: Search, batch: &Batch, start: usize, from: Before) {
+    /// One pass over all positions.
+    fn pass(&self, s: Search, batch: &Batch, start: Start) {
         let tiles = batch.tiles;
-        for t in 0..POSITIONS {
-            let from = if t == 0 { from } else { Before::Stored };
-            // SAFETY: the buffers hold what the kernel's documentation says, of `tiles` tiles; units beyond do nothing.
+        let count = self.steps_per_launch();
+        let step_units = self.properties().hardware.max_units_per_cube.min(STEP_UNITS);
+        for first in (0..POSITIONS).step_by(count) {
+            // SAFETY: the buffers hold what the kernel's documentation says, of `tiles` tiles; further cubes do nothing.
             unsafe {
-                step::launch_unchecked::<R>(
+                forward::launch_unchecked::<R>(
                     self.client(),
-                    cubes_for(tiles * s.choice_words()),
-                    units(),
+                    cubes(tiles),
+                    CubeDim::new_1d(step_units),
                     batch.targets.arg(tiles * POSITIONS),
                     batch.values.arg(1 << 15),
-                    batch.costs[t % 2].arg(tiles * s.states()),
                     batch.closing.arg(tiles),
-                    batch.costs[(t + 1) % 2].arg(tiles * s.states()),
+                    batch.costs.arg(2 * tiles * s.states()),
                     batch.choices.arg(POSITIONS * tiles * s.choice_words()),
                     tiles as u32,
-                    ((start + t) % POSITIONS) as u32,
-                    (t * tiles * s.choice_words()) as u32,
+                    first as u32,
+                    count as u32,
                     s,
-                    from,
+                    start,
                 );
             }
         }
+    }
+
+    /// All on CUDA. Elsewhere barriers in kernels do not cover memory outside of the cube (Metal), or not for sure (Vulkan
+    /// drivers), so that only the end of a launch separates two steps.
+    fn steps_per_launch(&self) -> usize {
+        if Device::name(self) == "cuda" { POSITIONS } else { 1 }
     }
 }
 
