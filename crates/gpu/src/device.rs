@@ -1,3 +1,5 @@
+use std::sync::Mutex;
+
 use cubecl::bytes::Bytes;
 use cubecl::future::block_on;
 use cubecl::ir::{DeviceProperties, ElemType, UIntKind};
@@ -24,6 +26,8 @@ pub struct Gpu<R: Runtime> {
     profiler: Profiler,
     traffic: Counters,
     pub(crate) steps: Steps,
+    /// Held while a batch of tiles is searched.
+    pub(crate) searching: Mutex<()>,
     /// What [`fault::record`] writes.
     faults: Buffer,
     /// Passed where a kernel has an operand that this configuration does not read.
@@ -39,7 +43,16 @@ impl<R: Runtime> Gpu<R> {
         };
         let (faults, unread) = (buffer(&fault::CLEAR), buffer(&[0; 4]));
         let steps = Steps::new([buffer(&[0; 4]), buffer(&[0; 4])]);
-        Self { client, name, profiler: Profiler::default(), traffic: Counters::default(), steps, faults, unread }
+        Self {
+            client,
+            name,
+            profiler: Profiler::default(),
+            traffic: Counters::default(),
+            steps,
+            searching: Mutex::new(()),
+            faults,
+            unread,
+        }
     }
 
     /// The client for a launch, which is counted. What a device can do is in [`Gpu::properties`].

@@ -155,7 +155,11 @@ fn open_adapter(index: Option<usize>) -> Result<Gpu<cubecl::wgpu::WgpuRuntime>> 
         let found: Vec<_> = adapters.iter().map(|(_, info)| info.clone()).collect();
         absent(api, index, &found)
     })?;
-    Ok(Gpu::new(cubecl::wgpu::WgpuRuntime::client(device), kind))
+    let mut client = cubecl::wgpu::WgpuRuntime::client(device);
+    // SAFETY: the stream is that of the thread which opens the device. All work goes there, from whichever thread, and takes
+    // its memory from one pool.
+    unsafe { client.set_stream(cubecl_environment::stream::StreamId::current()) };
+    Ok(Gpu::new(client, kind))
 }
 
 /// The adapters of wgpu, by the name that CubeCL knows them by: kind and number within the kind.

@@ -1,5 +1,7 @@
 //! The search for EXL3 codes: Viterbi's algorithm, a cube a tile.
 
+use std::sync::PoisonError;
+
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::exl3::{Codebook, tile};
@@ -53,9 +55,6 @@ impl Search {
     }
 }
 
-/// Most units of a cube of [`forward`]: one for each word of choices, and values and costs stay in the first-level cache.
-const STEP_UNITS: u32 = 1024;
-
 /// Where a pass starts.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 enum Start {
@@ -73,7 +72,6 @@ enum Start {
 fn forward(
     targets: &[f32],
     values: &[u32],
-    closing: &[u32],
     costs: &mut [f32],
     choices: &mut [u32],
     tiles: u32,
@@ -87,14 +85,6 @@ fn forward(
         let tiles = tiles as usize;
         let states = comptime!(s.states());
         let words = comptime!(s.choice_words());
-        if first == 0u32 {
-            let mut state = UNIT_POS as usize;
-            while state < states {
-                costs[tile * states + state] = start_cost(closing, tile, state, start);
-                state += CUBE_DIM as usize;
-            }
-            sync_storage();
-        }
         for t in first..first + count {
             let before = (t as usize % 2usize * tiles + tile) * states;
             let after = ((t as usize + 1usize) % 2usize * tiles + tile) * states;
@@ -113,12 +103,18 @@ fn forward(
     }
 }
 
-/// The cost of a state before the first step.
-#[cube]
-fn start_cost(closing: &[u32], tile: usize, state: usize, #[comptime] start: Start) -> f32 {
-    match comptime!(start) {
-        Start::AllStates => f32::new(0.0),
-        Start::ClosingState => select(closing[tile] == state as u32, 0.0f32.runtime(), UNREACHABLE.runtime()),
+/// The costs before the first step of a pass.
+#[cube(launch_unchecked)]
+fn begin(closing: &[u32], costs: &mut [f32], tiles: u32, #[comptime] s: Search, #[comptime] start: Start) {
+    let i = ABSOLUTE_POS;
+    let states = comptime!(s.states());
+    if i < tiles as usize * states {
+        costs[i] = match comptime!(start) {
+            Start::AllStates => f32::new(0.0),
+            Start::ClosingState => {
+                select(closing[i / states] == (i % states) as u32, 0.0f32.runtime(), UNREACHABLE.runtime())
+            }
+        };
     }
 }
 
@@ -253,6 +249,8 @@ struct Batch {
 
 impl<R: Runtime> Gpu<R> {
     fn search_batch(&self, s: Search, values: &Buffer, targets: &[Tile]) -> Result<Vec<Path>> {
+        // Whatever the number of threads, the device keeps the memory of one batch.
+        let _turn = self.searching.lock().unwrap_or_else(PoisonError::into_inner);
         let tiles = targets.len();
         let rounded: Vec<f32> = targets.as_flattened().iter().map(|&x| f16::from_f32(x).to_f32()).collect();
         let words = |count: usize| self.allocate(OP, count * size_of::<u32>());
@@ -301,10 +299,22 @@ impl<R: Runtime> Gpu<R> {
     /// One pass over all positions.
     fn pass(&self, s: Search, batch: &Batch, start: Start) {
         let tiles = batch.tiles;
-        let count = self.steps_per_launch();
-        let step_units = self.properties().hardware.max_units_per_cube.min(STEP_UNITS);
-        for first in (0..POSITIONS).step_by(count) {
-            // SAFETY: the buffers hold what the kernel's documentation says, of `tiles` tiles; further cubes do nothing.
+        // SAFETY: the buffers hold what the kernel's documentation says, of `tiles` tiles; units beyond do nothing.
+        unsafe {
+            begin::launch_unchecked::<R>(
+                self.client(),
+                cubes_for(tiles * s.states()),
+                units(),
+                batch.closing.arg(tiles),
+                batch.costs.arg(2 * tiles * s.states()),
+                tiles as u32,
+                s,
+                start,
+            );
+        }
+        let (steps, step_units) = self.step_launch();
+        for first in (0..POSITIONS).step_by(steps) {
+            // SAFETY: as above; further cubes do nothing.
             unsafe {
                 forward::launch_unchecked::<R>(
                     self.client(),
@@ -312,12 +322,11 @@ impl<R: Runtime> Gpu<R> {
                     CubeDim::new_1d(step_units),
                     batch.targets.arg(tiles * POSITIONS),
                     batch.values.arg(1 << 15),
-                    batch.closing.arg(tiles),
                     batch.costs.arg(2 * tiles * s.states()),
                     batch.choices.arg(POSITIONS * tiles * s.choice_words()),
                     tiles as u32,
                     first as u32,
-                    count as u32,
+                    steps as u32,
                     s,
                     start,
                 );
@@ -325,29 +334,65 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
-    /// All on CUDA. Elsewhere barriers in kernels do not cover memory outside of the cube (Metal), or not for sure (Vulkan
-    /// drivers), so that only the end of a launch separates two steps.
-    fn steps_per_launch(&self) -> usize {
-        if Device::name(self) == "cuda" { POSITIONS } else { 1 }
+    /// Steps of a launch of [`forward`] and units of its cubes. On CUDA all steps, and so many units that values and costs
+    /// of the tiles at work stay in the first-level cache. Elsewhere barriers do not cover memory outside of the cube
+    /// (Metal), or not for sure (Vulkan drivers), so that only the end of a launch separates two steps.
+    fn step_launch(&self) -> (usize, u32) {
+        match Device::name(self) {
+            "cuda" => (POSITIONS, 1024),
+            _ => (1, self.properties().hardware.max_cube_dim.0.min(256)),
+        }
+    }
+
+    fn search_in_batches(&self, codebook: Codebook, s: Search, targets: &[Tile], batch: usize) -> Result<Vec<Path>> {
+        let values: Vec<u16> = codebook.table().into_iter().map(f16::to_bits).collect();
+        let values = self.create(OP, bytemuck::cast_slice(&values))?;
+        let mut paths = Vec::with_capacity(targets.len());
+        for targets in targets.chunks(batch) {
+            paths.extend(self.search_batch(s, &values, targets)?);
+        }
+        Ok(paths)
     }
 }
 
 impl<R: Runtime> PathSearch for Gpu<R> {
     fn tiles_at_once(&self, bits: u32) -> usize {
         let s = Search { bits: bits as usize };
-        let bytes = (POSITIONS * s.choice_words()).max(s.states()) * size_of::<u32>();
+        let bytes = POSITIONS * s.choice_words() * size_of::<u32>();
         let most = self.properties().memory.max_page_size / bytes as u64;
         usize::try_from(most).unwrap_or(MOST_TILES).clamp(1, MOST_TILES)
     }
 
     fn run_search_paths(&self, codebook: Codebook, bits: u32, targets: &[Tile]) -> Result<Vec<Path>> {
         let s = Search { bits: bits as usize };
-        let values: Vec<u16> = codebook.table().into_iter().map(f16::to_bits).collect();
-        let values = self.create(OP, bytemuck::cast_slice(&values))?;
-        let mut paths = Vec::with_capacity(targets.len());
-        for targets in targets.chunks(self.tiles_at_once(bits)) {
-            paths.extend(self.search_batch(s, &values, targets)?);
-        }
-        Ok(paths)
+        self.search_in_batches(codebook, s, targets, self.tiles_at_once(bits))
+    }
+}
+
+#[cfg(all(test, feature = "vulkan"))]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn batches_and_threads_change_nothing() {
+        let Ok(device) = crate::vulkan(None) else {
+            println!("SKIPPED: there is no Vulkan device");
+            return;
+        };
+        let target = |i: usize| ((i * 7919 + i / 5) % 1009) as f32 / 300.0 - 1.7;
+        let targets: [Tile; 5] = std::array::from_fn(|t| std::array::from_fn(|p| target(t * POSITIONS + p)));
+        let search = |targets: &[Tile], batch: usize| {
+            device.search_in_batches(Codebook::Mcg, Search { bits: 6 }, targets, batch).unwrap()
+        };
+        let alone: Vec<Path> = targets.iter().flat_map(|target| search(&[*target], 1)).collect();
+        assert!((1..5).all(|t| alone[t] != alone[0]));
+        thread::scope(|scope| {
+            let threads: Vec<_> =
+                [2, 5, 1].map(|batch| scope.spawn(move || search(&targets, batch))).into_iter().collect();
+            threads.into_iter().for_each(|thread| assert!(thread.join().unwrap() == alone));
+        });
+        assert!(search(&[], 2).is_empty());
     }
 }

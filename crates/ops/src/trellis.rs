@@ -21,7 +21,7 @@ pub const FIRST_START: usize = tile::WEIGHTS / 2;
 /// [`FIRST_START`] in all states and chooses the state before position 0, the second starts and ends there. Of equal
 /// costs the smallest `m` counts, then the smallest state.
 pub trait PathSearch: Send + Sync {
-    /// Tiles that keep the device busy and fit into its memory.
+    /// Tiles that keep the device busy and fit into its memory, at 1 to 8 bits.
     fn tiles_at_once(&self, bits: u32) -> usize;
 
     /// The paths of some tiles, in their order.

@@ -516,17 +516,19 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
         let (mut acc, mut rest) = (s.splat(0.0), 0.0);
         let blocks: &[[[TrellisRow; BITS]; BLOCK_TILES]] = self.words.as_chunks().0.as_chunks().0;
         for (b, (tiles, x)) in blocks.iter().zip(self.x).enumerate() {
-            // As many chains as a tile has pairs: their sum is exact, whatever the order.
+            // As many chains as there are registers for: their sum is exact, whatever the order.
+            let chains = if S::WIDE { PAIRS } else { PAIRS / 2 };
             let mut dots = [s.splat_i(0); PAIRS];
             dots[0] = s.splat_i(x.start);
             for (i, (tile, x)) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0).enumerate() {
                 fetch_ahead::<S, BITS>(s, self.words, b * BLOCK_TILES + i);
                 for_pairs!(s, |pair| {
-                    dots[pair] = s.dot2(dots[pair], sum_pairs(s, tile, pair), x[pair]);
+                    let chain = pair % chains;
+                    dots[chain] = s.dot2(dots[chain], sum_pairs(s, tile, pair), x[pair]);
                 });
             }
             let mut dot = dots[0];
-            for other in &dots[1..] {
+            for other in &dots[1..chains] {
                 dot = s.add_i(dot, *other);
             }
             acc = s.fma(s.to_f32(dot), s.splat(x.scale), acc);

@@ -27,12 +27,14 @@ pub(super) struct Coded {
 /// depend on each other.
 pub(super) fn quantize(factor: Option<&BlockLdl>, search: &Search<'_>, inner: &Inner) -> Result<Coded> {
     let count = inner.columns / SIDE;
-    let columns: Vec<usize> = (0..count).collect();
-    let columns: Vec<Vec<Column>> = columns
-        .par_chunks(search.batch(count))
-        .map(|columns| quantize_columns(factor, search, inner, columns))
-        .collect::<Result<_>>()?;
-    let columns: Vec<Column> = columns.into_iter().flatten().collect();
+    let numbers: Vec<usize> = (0..count).collect();
+    let mut columns = Vec::with_capacity(count);
+    for numbers in numbers.chunks(search.columns_at_once(count)) {
+        let batches = numbers.par_chunks(search.batch(count));
+        let done: Vec<Vec<Column>> =
+            batches.map(|numbers| quantize_columns(factor, search, inner, numbers)).collect::<Result<_>>()?;
+        columns.extend(done.into_iter().flatten());
+    }
     let words = tile::words(search.bits());
     let tiles =
         (0..inner.rows / SIDE).flat_map(|a| columns.iter().map(move |column| &column.trellis[a * words..][..words]));

@@ -42,6 +42,15 @@ impl<'a> Search<'a> {
         }
     }
 
+    /// Of `count` columns of tiles, as many as should be in memory at the same time.
+    pub(super) fn columns_at_once(&self, count: usize) -> usize {
+        match self.device {
+            Some(_) => 2 * self.batch(count),
+            // Each thread holds one, whatever their number.
+            None => count.max(1),
+        }
+    }
+
     /// The paths of some tiles, all finite as f16.
     pub(super) fn paths(&self, targets: &[Tile]) -> Result<Vec<Path>> {
         if let Some(device) = self.device {
