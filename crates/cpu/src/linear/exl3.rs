@@ -523,8 +523,7 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
             for (i, (tile, x)) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0).enumerate() {
                 fetch_ahead::<S, BITS>(s, self.words, b * BLOCK_TILES + i);
                 for_pairs!(s, |pair| {
-                    let chain = pair % chains;
-                    dots[chain] = s.dot2(dots[chain], sum_pairs(s, tile, pair), x[pair]);
+                    dots[pair % chains] = s.dot2(dots[pair % chains], sum_pairs(s, tile, pair), x[pair]);
                 });
             }
             let mut dot = dots[0];
