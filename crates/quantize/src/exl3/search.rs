@@ -9,6 +9,9 @@ use marlin_ops::trellis::{Path, Tile};
 use super::viterbi::{Encoder, Workspace};
 use crate::Result;
 
+/// Tiles below which a large GPU takes as long for fewer.
+const WORTHWHILE: usize = 128;
+
 /// The search with one codebook at one bit rate.
 pub(super) struct Search<'a> {
     codebook: Codebook,
@@ -34,12 +37,14 @@ impl<'a> Search<'a> {
     }
 
     /// Of `count` tiles that do not depend on each other, as many as one call should get: on the CPU one, so that each
-    /// thread has its own, on a device half of them at most, so that one half is prepared while the other is encoded.
+    /// thread has its own, on a device half of them, so that one half is prepared while the other is encoded, unless the
+    /// halves are so small that they take as long as the whole.
     pub(super) fn batch(&self, count: usize) -> usize {
-        match self.device {
-            Some(device) => device.tiles_at_once(self.bits()).min(count.div_ceil(2)).max(1),
-            None => 1,
-        }
+        let Some(device) = self.device else {
+            return 1;
+        };
+        let half = count.div_ceil(2);
+        device.tiles_at_once(self.bits()).min(if half < WORTHWHILE { count } else { half }).max(1)
     }
 
     /// Of `count` columns of tiles, as many as should be in memory at the same time.
