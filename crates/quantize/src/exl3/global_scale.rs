@@ -60,9 +60,8 @@ fn sample(inner: &Inner) -> Vec<Tile> {
 
 /// Mean squared error of the tiles when encoded at each scale and scaled back; infinite where a target is.
 fn mean_errors(search: &Search<'_>, tiles: &[Tile], scales: &[f32]) -> Result<Vec<f64>> {
-    let scaled = |scale: f32| -> Vec<Tile> { tiles.iter().map(|tile| tile.map(|w| w * scale)).collect() };
     let mean_error = |&scale: &f32| -> Result<f64> {
-        let targets = scaled(scale);
+        let targets: Vec<Tile> = tiles.iter().map(|tile| tile.map(|w| w * scale)).collect();
         if targets.as_flattened().iter().any(|&w| !f16::from_f32(w).is_finite()) {
             return Ok(f64::INFINITY);
         }
@@ -71,8 +70,7 @@ fn mean_errors(search: &Search<'_>, tiles: &[Tile], scales: &[f32]) -> Result<Ve
         let difference = |(&word, &w): (&u16, &f32)| f64::from(search.value(word) / scale) - f64::from(w);
         let error =
             |(path, tile): (&Path, &Tile)| path.iter().zip(tile).map(|pair| difference(pair).powi(2)).sum::<f64>();
-        let errors: Vec<f64> = paths.iter().flatten().zip(tiles).map(error).collect();
-        Ok(errors.iter().sum::<f64>() / (tiles.len() * WEIGHTS) as f64)
+        Ok(paths.iter().flatten().zip(tiles).map(error).sum::<f64>() / (tiles.len() * WEIGHTS) as f64)
     };
     scales.iter().map(mean_error).collect()
 }
