@@ -33,6 +33,9 @@ pub(crate) const LEAST_WORK: usize = 1 << 19;
 /// Stretches that chunks are handed out from: threads go through neighbouring chunks in order, as memory likes it.
 const STRETCHES: usize = 16;
 
+/// The part of what is left of a stretch that [`Pool::for_parts`] hands out at once, as its divisor.
+const PART: usize = 3;
+
 #[derive(Default)]
 struct Shared {
     /// Regions opened so far; idle workers watch it.
@@ -46,6 +49,37 @@ struct Shared {
     stop: AtomicBool,
     /// The first panic of a worker.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// What is left of a stretch: its owner takes from the front, threads that are through with theirs from the back.
+struct Stretch<'a, T> {
+    /// The unit that `rest` begins with.
+    first: usize,
+    rest: &'a mut [T],
+    /// Elements of a unit.
+    unit: usize,
+}
+
+impl<'a, T> Stretch<'a, T> {
+    fn left(&self) -> usize {
+        self.rest.len().div_ceil(self.unit)
+    }
+
+    /// The first `take(left)` units and the number of the first of them.
+    fn take_front(&mut self, take: impl Fn(usize) -> usize) -> Option<(usize, &'a mut [T])> {
+        let count = take(self.left());
+        let part = self.rest.split_off_mut(..self.rest.len().min(count * self.unit)).filter(|part| !part.is_empty())?;
+        let first = self.first;
+        self.first += count;
+        Some((first, part))
+    }
+
+    /// The last `take(left)` units and the number of the first of them.
+    fn take_back(&mut self, take: impl Fn(usize) -> usize) -> Option<(usize, &'a mut [T])> {
+        let kept = self.left().checked_sub(take(self.left()))?;
+        let part = self.rest.split_off_mut(kept * self.unit..).filter(|part| !part.is_empty())?;
+        Some((self.first + kept, part))
+    }
 }
 
 thread_local! {
@@ -98,25 +132,49 @@ impl Pool {
         len: usize,
         f: impl Fn(usize, &mut [T]) + Sync + Send,
     ) {
-        let len = len.max(1);
-        let chunks = data.len().div_ceil(len);
+        self.share(work, data, len, |_| 1, f);
+    }
+
+    /// Calls `f(first, part)` for parts of whole units of `unit` elements, `first` their first unit; `data` may end
+    /// within a unit. Parts shrink towards the end of the work, so that threads end together. `work` is as in
+    /// [`Pool::for_chunks_of`].
+    pub(crate) fn for_parts<T: Send>(
+        &self,
+        work: usize,
+        data: &mut [T],
+        unit: usize,
+        f: impl Fn(usize, &mut [T]) + Sync + Send,
+    ) {
+        self.share(work, data, unit, |left| left.div_ceil(PART), f);
+    }
+
+    /// Calls `f(first, units)` for disjoint parts of `data`, `take(left)` units each where `left` are left of a stretch.
+    fn share<T: Send>(
+        &self,
+        work: usize,
+        data: &mut [T],
+        unit: usize,
+        take: impl Fn(usize) -> usize + Sync,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let unit = unit.max(1);
+        let units = data.len().div_ceil(unit);
         let count = self.threads().min(STRETCHES);
-        let per_stretch = chunks.div_ceil(count);
+        let per_stretch = units.div_ceil(count);
         let mut rest = data;
-        let stretches: [_; STRETCHES] = std::array::from_fn(|_| {
-            let stretch = rest.split_off_mut(..rest.len().min(per_stretch * len)).unwrap_or_default();
-            Mutex::new(stretch.chunks_mut(len).enumerate())
+        let stretches: [_; STRETCHES] = std::array::from_fn(|i| {
+            let rest = rest.split_off_mut(..rest.len().min(per_stretch * unit)).unwrap_or_default();
+            Mutex::new(Stretch { first: i * per_stretch, rest, unit })
         });
-        self.run(chunks > 1 && work >= LEAST_WORK, &|thread| {
+        self.run(units > 1 && work >= LEAST_WORK, &|thread| {
             let own = thread % count;
             // The locks are released before the calls.
-            while let Some((i, chunk)) = { lock(&stretches[own]).next() } {
-                f(own * per_stretch + i, chunk);
+            while let Some((first, part)) = { lock(&stretches[own]).take_front(&take) } {
+                f(first, part);
             }
-            // Then the others' ends.
             for other in (1..count).map(|i| (own + i) % count) {
-                while let Some((i, chunk)) = { lock(&stretches[other]).next_back() } {
-                    f(other * per_stretch + i, chunk);
+                while let Some((first, part)) = { lock(&stretches[other]).take_back(&take) } {
+                    f(first, part);
                 }
             }
         });
@@ -267,6 +325,13 @@ mod tests {
                 pool.for_chunks(&mut data, len, |i, chunk| {
                     assert!(chunk.len() <= len.max(1));
                     chunk.iter_mut().enumerate().for_each(|(j, v)| *v += i * len.max(1) + j);
+                });
+                assert!(data.into_iter().eq(0..50));
+                let mut data = vec![0; 50];
+                pool.for_parts(usize::MAX, &mut data, len, |first, part| {
+                    let start = first * len.max(1);
+                    assert!(part.len().is_multiple_of(len.max(1)) || start + part.len() == 50);
+                    part.iter_mut().enumerate().for_each(|(j, v)| *v += start + j);
                 });
                 assert!(data.into_iter().eq(0..50));
             }

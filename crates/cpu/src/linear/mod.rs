@@ -28,7 +28,6 @@ use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::exl3::SPAN;
 use crate::layout::{CodeOrder, PackedWeight, Values};
 use crate::norm::{Input, RmsNorm};
-use crate::pool::LEAST_WORK;
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
 
@@ -210,11 +209,10 @@ impl Cpu {
         let padded = |weight: &PackedWeight| weight.tiles().next_multiple_of(step);
         let tiles = (0..projections.len()).map(|i| padded(weights(i))).sum();
         let mut lines = self.workspace.lines.take(tiles);
-        let grain = self.pool.grain(tiles).next_multiple_of(step);
-        self.pool.for_chunks_of(tiles * LANES * x.columns, &mut lines, grain, |i, lines| {
+        self.pool.for_parts(tiles * LANES * x.columns, &mut lines, step, |first, lines| {
             let mut panels = self.panels(x.columns);
             // The tile's weight, and its number there.
-            let (mut weight, mut tile) = (0, i * grain);
+            let (mut weight, mut tile) = (0, first * step);
             for lines in lines.chunks_exact_mut(step) {
                 while tile >= padded(weights(weight)) {
                     tile -= padded(weights(weight));
@@ -391,17 +389,11 @@ impl Cpu {
     ) {
         let Shape { rows: m, columns: n, in_features: k, step, lines: per_row } = shape;
         let tiles = n.div_ceil(LANES);
-        let grain = match m * n * k < LEAST_WORK {
-            true => tiles,
-            false => self.pool.grain(tiles),
-        };
-        let grain = grain.next_multiple_of(step);
         if m == 1 {
-            self.pool.for_chunks(out, grain * LANES, |i, out| {
+            self.pool.for_parts(n * k, out, step * LANES, |first, out| {
                 let mut panels = self.panels(k);
                 let mut acc = [Line::default(); PAIR * SPAN];
-                for (t, out) in out.chunks_mut(step * LANES).enumerate() {
-                    let tile = i * grain + t * step;
+                for (tile, out) in (first * step..).step_by(step).zip(out.chunks_mut(step * LANES)) {
                     let count = out.len().div_ceil(LANES);
                     produce(tile..tile + count, 0..1, &mut panels, &mut acc[..per_row]);
                     for (t, out) in out.chunks_mut(LANES).enumerate() {
@@ -431,7 +423,7 @@ impl Cpu {
                 }
             });
         } else {
-            self.fill_by_tile(shape, grain, residual, out, produce);
+            self.fill_by_tile(shape, residual, out, produce);
         }
     }
 
@@ -448,7 +440,6 @@ impl Cpu {
     fn fill_by_tile(
         &self,
         shape: Shape,
-        grain: usize,
         residual: Addend<'_>,
         out: &mut [f32],
         produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
@@ -457,10 +448,9 @@ impl Cpu {
         let tiles = n.div_ceil(LANES);
         let per_step = shape.lines * m;
         let mut lines = self.workspace.lines.take(tiles.div_ceil(step) * per_step);
-        self.pool.for_chunks(&mut lines, grain / step * per_step, |i, lines| {
+        self.pool.for_parts(m * n * shape.in_features, &mut lines, per_step, |first, lines| {
             let mut panels = self.panels(shape.in_features);
-            for (t, acc) in lines.chunks_exact_mut(per_step).enumerate() {
-                let tile = i * grain + t * step;
+            for (tile, acc) in (first * step..).step_by(step).zip(lines.chunks_exact_mut(per_step)) {
                 produce(tile..tiles.min(tile + step), 0..m, &mut panels, acc);
             }
         });
