@@ -79,7 +79,7 @@ fn measure(cpu: &Cpu, name: &str, weight: &Weight) -> Result<()> {
     let seconds = best(|| weights[..8].iter().try_for_each(|w| product(cpu, &x, w, &mut out)))?;
     let flops = 8.0 * 2.0 * (512 * N * K) as f64 / seconds / 1e9;
     // The bounds are measured next to the kernels: the machine may be slower at times.
-    let bounds = cpu.roofline();
+    let bounds = cpu.roofline()?;
     let read = rate * 1e9 / bounds.read_bytes_per_s;
     let peak = flops * 1e9 / bounds.int8_ops_per_s;
     println!("{name:16} {rate:7.1} GB/s  {read:5.2} of reads  {flops:8.0} GFLOP/s  {peak:5.2} of dot products");

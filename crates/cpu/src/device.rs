@@ -6,6 +6,7 @@ use marlin_ops::profile::{Arithmetic, Profiler};
 use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight, WeightData};
 
 use crate::Buffer;
+use crate::arena::Arena;
 use crate::buffer::{self, Floats};
 use crate::layout::{PackedExperts, PackedWeight};
 use crate::pool::Pool;
@@ -45,6 +46,7 @@ pub struct Cpu {
     pub(crate) pool: Pool,
     pub(crate) level: Level,
     pub(crate) workspace: Workspace,
+    pub(crate) arena: Arena,
     profiler: Profiler,
     exact: bool,
 }
@@ -64,6 +66,7 @@ impl Cpu {
             pool: Pool::new(options.threads)?,
             level: level(isa)?,
             workspace: Workspace::default(),
+            arena: Arena::default(),
             profiler: Profiler::default(),
             exact: options.exact,
         })
@@ -210,11 +213,11 @@ impl Device for Cpu {
     }
 
     fn prepare_weight(&self, weight: Weight) -> Result<PackedWeight> {
-        PackedWeight::new(&self.pool, weight, self.exact)
+        PackedWeight::new(self, weight)
     }
 
     fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<PackedExperts> {
-        PackedExperts::new(&self.pool, experts, self.exact)
+        PackedExperts::new(self, experts)
     }
 
     fn arithmetic(&self, data: &WeightData) -> Arithmetic {

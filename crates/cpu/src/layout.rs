@@ -12,6 +12,7 @@
 pub(crate) mod exl3;
 pub(crate) mod grid;
 
+use bytemuck::Zeroable;
 use half::f16;
 use marlin_formats::pack::Layout;
 use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift, load_f32};
@@ -20,6 +21,8 @@ use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData}
 
 use self::exl3::{Exl3, SPAN};
 use self::grid::Grid;
+use crate::Cpu;
+use crate::arena::Array;
 use crate::pool::Pool;
 use crate::simd::{LANES, Line};
 
@@ -50,9 +53,9 @@ impl PackedExpert {
 
 /// Stored values of a weight.
 pub(crate) enum Values {
-    F32(Vec<Line<f32>>),
-    F16(Vec<[u16; LANES]>),
-    BF16(Vec<[u16; LANES]>),
+    F32(Array<Line<f32>>),
+    F16(Array<[u16; LANES]>),
+    BF16(Array<[u16; LANES]>),
     Quantized(Box<Quantized>),
     Exl3(Exl3),
     Grid(Grid),
@@ -65,7 +68,7 @@ pub(crate) struct Quantized {
     pub(crate) code_rows: usize,
     /// Lines of scales per tile.
     pub(crate) groups: usize,
-    pub(crate) codes: Vec<Line<u32>>,
+    pub(crate) codes: Array<Line<u32>>,
     pub(crate) scales: Scales,
     /// Zero points or offsets, where the format has them.
     pub(crate) shifts: Option<Scales>,
@@ -78,18 +81,18 @@ pub(crate) struct Quantized {
 /// Group scales, zero points or offsets.
 pub(crate) enum Scales {
     /// f16 bits.
-    F16(Vec<[u16; LANES]>),
-    F32(Vec<Line<f32>>),
+    F16(Array<[u16; LANES]>),
+    F32(Array<Line<f32>>),
     /// Bytes, two's complement where `signed`, times the f16 bits of their super-blocks of `2^shift` groups.
     TwoLevel {
-        bytes: Vec<[u8; LANES]>,
+        bytes: Array<[u8; LANES]>,
         signed: bool,
-        supers: Vec<[u16; LANES]>,
+        supers: Array<[u16; LANES]>,
         shift: u32,
     },
     /// Bytes with the multiplier that each stands for (tensor scale included).
     Byte {
-        bytes: Vec<[u8; LANES]>,
+        bytes: Array<[u8; LANES]>,
         table: Box<[f32; 256]>,
     },
 }
@@ -130,17 +133,17 @@ impl CodeOrder {
 }
 
 impl PackedWeight {
-    /// Repacks a host weight. `exact` asks for exactly the values that the format defines.
-    pub(crate) fn new(pool: &Pool, weight: Weight, exact: bool) -> Result<Self> {
+    /// Repacks a host weight for a device.
+    pub(crate) fn new(cpu: &Cpu, weight: Weight) -> Result<Self> {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
         let values = match &weight.data {
-            WeightData::Dense(tensor) => pack_dense(pool, tensor, out_features, in_features)?,
-            WeightData::Quantized(matrix) => Values::Quantized(Box::new(pack_quantized(pool, matrix)?)),
+            WeightData::Dense(tensor) => pack_dense(cpu, tensor, out_features, in_features)?,
+            WeightData::Quantized(matrix) => Values::Quantized(Box::new(pack_quantized(cpu, matrix)?)),
             WeightData::Exl3(matrix) => {
                 matrix.validate()?;
-                Values::Exl3(Exl3::new(pool, matrix, exact))
+                Values::Exl3(Exl3::new(cpu, matrix)?)
             }
-            WeightData::Grid(matrix) => Values::Grid(Grid::new(pool, matrix)?),
+            WeightData::Grid(matrix) => Values::Grid(Grid::new(cpu, matrix)?),
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
@@ -305,20 +308,20 @@ pub(crate) const fn high_position(layout: Layout, i: usize) -> usize {
     8 * b + layout.high_bits() as usize * v
 }
 
-fn pack_dense(pool: &Pool, tensor: &HostTensor, n: usize, k: usize) -> Result<Values> {
+fn pack_dense(cpu: &Cpu, tensor: &HostTensor, n: usize, k: usize) -> Result<Values> {
     let lines = n.div_ceil(LANES) * k;
     let bytes = tensor.bytes();
     match tensor.dtype() {
         DType::F32 => {
-            let mut out = vec![Line([0.0f32; LANES]); lines];
-            transpose(pool, bytes, k, &mut out, |line, lane, v| {
+            let mut out = cpu.arena.zeros::<Line<f32>>(lines)?;
+            transpose(&cpu.pool, bytes, k, &mut out, |line, lane, v| {
                 line.0[lane] = f32::from_le_bytes(v);
             });
             Ok(Values::F32(out))
         }
         dtype @ (DType::F16 | DType::BF16) => {
-            let mut out = vec![[0u16; LANES]; lines];
-            transpose(pool, bytes, k, &mut out, |line, lane, v| {
+            let mut out = cpu.arena.zeros::<[u16; LANES]>(lines)?;
+            transpose(&cpu.pool, bytes, k, &mut out, |line, lane, v| {
                 line[lane] = u16::from_le_bytes(v);
             });
             Ok(match dtype {
@@ -349,7 +352,7 @@ fn transpose<const SIZE: usize, L: Send>(
     });
 }
 
-fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
+fn pack_quantized(cpu: &Cpu, matrix: &QuantizedMatrix) -> Result<Quantized> {
     let (scheme, n, k) = (matrix.scheme, matrix.out_features, matrix.in_features);
     let format = scheme.format;
     let blocks = k.div_ceil(ACTIVATION_BLOCK);
@@ -357,20 +360,20 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
     // Whole blocks of 32, or of 256 with two-level scales, also where a block has several groups.
     let block = if format.scale_kind().is_two_level() { SUPER_BLOCK } else { ACTIVATION_BLOCK };
     let groups = scheme.groups(k).next_multiple_of(block.div_ceil(scheme.group_size));
-    let codes = tile_codes(pool, &matrix.codes, n, format.layout(), code_rows);
+    let codes = tile_codes(cpu, &matrix.codes, n, format.layout(), code_rows)?;
     let mask = (1u32 << format.code_bits().min(4)) - 1;
     Ok(Quantized {
         scheme,
         code_rows,
         groups,
         codes,
-        scales: tile_scales(matrix, &matrix.scales, &matrix.super_scales, groups)?,
+        scales: tile_scales(cpu, matrix, &matrix.scales, &matrix.super_scales, groups)?,
         shifts: match format.shift() {
             Shift::None => None,
             // Minima are negative offsets.
             Shift::Zero | Shift::Offset => {
                 let supers: Vec<u16> = matrix.super_minima.iter().map(|bits| bits ^ 0x8000).collect();
-                Some(tile_scales(matrix, &matrix.zeros, &supers, groups)?)
+                Some(tile_scales(cpu, matrix, &matrix.zeros, &supers, groups)?)
             }
         },
         levels: std::array::from_fn(|i| format.value((i as u32 & mask) as u8, 0.0)),
@@ -380,9 +383,9 @@ fn pack_quantized(pool: &Pool, matrix: &QuantizedMatrix) -> Result<Quantized> {
 }
 
 /// Native words `[rows, N]` in column tiles, `code_rows` lines each.
-fn tile_codes(pool: &Pool, words: &[u32], n: usize, layout: Layout, code_rows: usize) -> Vec<Line<u32>> {
-    let mut codes = vec![Line([0u32; LANES]); n.div_ceil(LANES) * code_rows];
-    pool.for_chunks(&mut codes, code_rows, |tile, lines| {
+fn tile_codes(cpu: &Cpu, words: &[u32], n: usize, layout: Layout, code_rows: usize) -> Result<Array<Line<u32>>> {
+    let mut codes = cpu.arena.zeros::<Line<u32>>(n.div_ceil(LANES) * code_rows)?;
+    cpu.pool.for_chunks(&mut codes, code_rows, |tile, lines| {
         let rows = words.chunks_exact(n);
         for (r, (line, row)) in lines.iter_mut().zip(rows).enumerate() {
             let row = &row[tile * LANES..n.min((tile + 1) * LANES)];
@@ -392,28 +395,32 @@ fn tile_codes(pool: &Pool, words: &[u32], n: usize, layout: Layout, code_rows: u
             }
         }
     });
-    codes
+    Ok(codes)
 }
 
 /// Scales, zero points or offsets in column tiles, `groups` lines each.
-fn tile_scales(matrix: &QuantizedMatrix, stored: &[u16], supers: &[u16], groups: usize) -> Result<Scales> {
+fn tile_scales(cpu: &Cpu, matrix: &QuantizedMatrix, stored: &[u16], supers: &[u16], groups: usize) -> Result<Scales> {
     let n = matrix.out_features;
     let kind = matrix.scheme.format.scale_kind();
+    let set = |line: &mut [u16; LANES], lane: usize, v| line[lane] = v;
+    let set_byte = |line: &mut [u8; LANES], lane: usize, v| line[lane] = v as u8;
     Ok(match kind {
-        ScaleKind::F16 => Scales::F16(tile_rows(stored, n, groups, |v| v)),
+        ScaleKind::F16 => Scales::F16(tile_rows(cpu, stored, n, groups, set)?),
         ScaleKind::E4m3 | ScaleKind::E8m0 => {
-            Scales::Byte { bytes: tile_rows(stored, n, groups, |v| v as u8), table: scale_table(matrix)? }
+            Scales::Byte { bytes: tile_rows(cpu, stored, n, groups, set_byte)?, table: scale_table(matrix)? }
         }
         ScaleKind::F32 => {
             let (pairs, _) = stored.as_chunks::<2>();
-            Scales::F32(tile_rows(pairs, n, groups, |pair| load_f32(&pair, 0)).into_iter().map(Line).collect())
+            Scales::F32(tile_rows(cpu, pairs, n, groups, |line: &mut Line<f32>, lane, pair| {
+                line.0[lane] = load_f32(&pair, 0)
+            })?)
         }
         ScaleKind::F16U8 | ScaleKind::F16I8 => {
             let per_block = SUPER_BLOCK / matrix.scheme.group_size;
             Scales::TwoLevel {
-                bytes: tile_rows(stored, n, groups, |v| v as u8),
+                bytes: tile_rows(cpu, stored, n, groups, set_byte)?,
                 signed: kind == ScaleKind::F16I8,
-                supers: tile_rows(supers, n, groups / per_block, |v| v),
+                supers: tile_rows(cpu, supers, n, groups / per_block, set)?,
                 shift: per_block.ilog2(),
             }
         }
@@ -421,21 +428,23 @@ fn tile_scales(matrix: &QuantizedMatrix, stored: &[u16], supers: &[u16], groups:
 }
 
 /// `[G, N]` row-major to `[tiles][groups][16]`, padding zero.
-fn tile_rows<V: Copy, T: Copy + Default>(
+fn tile_rows<V: Copy, L: Zeroable + Copy>(
+    cpu: &Cpu,
     source: &[V],
     n: usize,
     groups: usize,
-    convert: impl Fn(V) -> T,
-) -> Vec<[T; LANES]> {
-    let mut out = vec![[T::default(); LANES]; n.div_ceil(LANES) * groups];
+    set: impl Fn(&mut L, usize, V),
+) -> Result<Array<L>> {
+    let mut out = cpu.arena.zeros::<L>(n.div_ceil(LANES) * groups)?;
     for (g, row) in source.chunks_exact(n).enumerate() {
         for (tile, columns) in row.chunks(LANES).enumerate() {
-            for (out, &v) in out[tile * groups + g].iter_mut().zip(columns) {
-                *out = convert(v);
+            let line = &mut out[tile * groups + g];
+            for (lane, &v) in columns.iter().enumerate() {
+                set(line, lane, v);
             }
         }
     }
-    out
+    Ok(out)
 }
 
 /// The multiplier of each valid scale byte; invalid bytes do not occur in a validated matrix.
@@ -463,12 +472,12 @@ fn reorder_high_bits(layout: Layout, word: u32) -> u32 {
 
 impl PackedExperts {
     /// Repacks all experts.
-    pub(crate) fn new(pool: &Pool, experts: Vec<ExpertWeights>, exact: bool) -> Result<Self> {
+    pub(crate) fn new(cpu: &Cpu, experts: Vec<ExpertWeights>) -> Result<Self> {
         let pack = |expert: ExpertWeights| -> Result<PackedExpert> {
             Ok(PackedExpert {
-                gate: PackedWeight::new(pool, expert.gate, exact)?,
-                up: PackedWeight::new(pool, expert.up, exact)?,
-                down: PackedWeight::new(pool, expert.down, exact)?,
+                gate: PackedWeight::new(cpu, expert.gate)?,
+                up: PackedWeight::new(cpu, expert.up)?,
+                down: PackedWeight::new(cpu, expert.down)?,
             })
         };
         Ok(Self(experts.into_iter().map(pack).collect::<Result<_>>()?))

@@ -3,9 +3,11 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use marlin_ops::Result;
 use marlin_ops::profile::Roofline;
 
 use crate::Cpu;
+use crate::arena::Array;
 use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Repetitions; the best counts.
@@ -23,7 +25,7 @@ const CHAINS: usize = 5;
 /// yardstick of kernels that wait for memory. Holds [`PlainReads::BYTES`] of memory.
 pub struct PlainReads<'a> {
     cpu: &'a Cpu,
-    data: Vec<Line<u32>>,
+    data: Array<Line<u32>>,
 }
 
 impl PlainReads<'_> {
@@ -41,26 +43,34 @@ impl PlainReads<'_> {
 }
 
 impl Cpu {
-    /// Takes the memory that plain reads go through.
-    pub fn plain_reads(&self) -> PlainReads<'_> {
-        PlainReads { cpu: self, data: vec![Line([1u32; LANES]); READ_BYTES / size_of::<Line<u32>>()] }
+    /// Takes the memory that plain reads go through, as weights have theirs.
+    ///
+    /// # Errors
+    /// A device error where there is not enough memory.
+    pub fn plain_reads(&self) -> Result<PlainReads<'_>> {
+        let mut data = self.arena.zeros::<Line<u32>>(READ_BYTES / size_of::<Line<u32>>())?;
+        data.fill(Line([1; LANES]));
+        Ok(PlainReads { cpu: self, data })
     }
 
     /// Measures what the threads and instructions of this device can do at most; takes less than a second, and 256 MiB
     /// while it runs.
-    pub fn roofline(&self) -> Roofline {
-        let reads = self.plain_reads();
+    ///
+    /// # Errors
+    /// A device error where there is not enough memory.
+    pub fn roofline(&self) -> Result<Roofline> {
+        let reads = self.plain_reads()?;
         let read = fastest(|| reads.pass());
         drop(reads);
         let chains = self.level.run(Chains);
         let per_second = |ops_per_lane: usize, seconds: f64| {
             (STEPS * chains * LANES * ops_per_lane * self.threads()) as f64 / seconds
         };
-        Roofline {
+        Ok(Roofline {
             read_bytes_per_s: READ_BYTES as f64 / read,
             f32_flops_per_s: per_second(2, fastest(|| self.time_on_all_threads(|_| self.level.run(Products)))),
             int8_ops_per_s: per_second(8, fastest(|| self.time_on_all_threads(|_| self.level.run(Dots)))),
-        }
+        })
     }
 
     /// The time of one call per thread.
@@ -184,7 +194,7 @@ mod tests {
     #[test]
     fn bounds_are_positive() {
         let cpu = Cpu::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
-        let bounds = cpu.roofline();
+        let bounds = cpu.roofline().unwrap();
         assert!(bounds.read_bytes_per_s > 1e8 && bounds.read_bytes_per_s.is_finite());
         assert!(bounds.f32_flops_per_s > 1e8 && bounds.f32_flops_per_s.is_finite());
         assert!(bounds.int8_ops_per_s > 1e8 && bounds.int8_ops_per_s.is_finite());

@@ -138,7 +138,7 @@ impl Workload<Cpu> {
         let backend = self.backend.clone();
         let (turn, total) = (Turn::new(bytes_per_token), self.continuation.len());
         let rounds = total.div_ceil(turn.tokens);
-        Interleaved::measure(turn, rounds, bytes_per_token, &backend.plain_reads(), |round| {
+        Interleaved::measure(turn, rounds, bytes_per_token, &backend.plain_reads()?, |round| {
             let start = round * turn.tokens;
             let tokens = start..total.min(start + turn.tokens);
             Ok((tokens.len(), self.decode_some(tokens)?))
@@ -209,7 +209,7 @@ fn measure(backend: Arc<Cpu>, args: &BenchArgs) -> Result<Report> {
         peak_rss_bytes,
         bytes_per_token,
         interleaved,
-        roofline: backend.roofline(),
+        roofline: backend.roofline()?,
         profile,
     })
 }

@@ -3,8 +3,10 @@
 
 use half::f16;
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, hadamard, tile};
+use marlin_ops::Result;
 
-use crate::pool::Pool;
+use crate::Cpu;
+use crate::arena::Array;
 use crate::simd::LANES;
 use crate::simd::trellis::TrellisRow;
 
@@ -17,7 +19,7 @@ pub(crate) struct Exl3 {
     /// Bits a weight, and rows of words a tile.
     pub(crate) bits: usize,
     /// `[padded N / 16][padded K / 16][bits]`.
-    words: Vec<TrellisRow>,
+    words: Array<TrellisRow>,
     /// Signs and scales of the inputs, `[padded K]`.
     pub(crate) suh: Vec<f32>,
     /// Signs and scales of the outputs, `[padded N]`.
@@ -29,11 +31,11 @@ pub(crate) struct Exl3 {
 
 impl Exl3 {
     /// Repacks a validated matrix.
-    pub(super) fn new(pool: &Pool, matrix: &Exl3Matrix, rounds: bool) -> Self {
+    pub(super) fn new(cpu: &Cpu, matrix: &Exl3Matrix) -> Result<Self> {
         let bits = matrix.bits as usize;
         let (rows, columns) = (matrix.padded_in() / tile::SIDE, matrix.padded_out() / tile::SIDE);
-        let mut words = vec![TrellisRow::default(); rows * columns * bits];
-        pool.for_chunks(&mut words, rows * bits, |column, words| {
+        let mut words = cpu.arena.zeros::<TrellisRow>(rows * columns * bits)?;
+        cpu.pool.for_chunks(&mut words, rows * bits, |column, words| {
             for (row, out) in words.chunks_exact_mut(bits).enumerate() {
                 for (i, pair) in matrix.tile(row, column).as_chunks::<2>().0.iter().enumerate() {
                     out[i % bits].0[i / bits] = u32::from(pair[0]) | u32::from(pair[1]) << 16;
@@ -41,7 +43,8 @@ impl Exl3 {
             }
         });
         let floats = |scales: &[u16]| scales.iter().map(|&bits| f16::from_bits(bits).to_f32()).collect();
-        Self { codebook: matrix.codebook, bits, words, suh: floats(&matrix.suh), svh: floats(&matrix.svh), rounds }
+        let (suh, svh) = (floats(&matrix.suh), floats(&matrix.svh));
+        Ok(Self { codebook: matrix.codebook, bits, words, suh, svh, rounds: cpu.exact() })
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {

@@ -1,13 +1,14 @@
 //! Grid codes in column tiles: `[tiles][code rows][16]` u32 as of quantized weights, `[tiles][groups][16]` f32 scales. The
 //! signs of inputs and outputs are in them.
 
-use marlin_formats::FormatError;
 use marlin_formats::grid::GridMatrix;
 use marlin_formats::pack::Layout;
+use marlin_ops::Result;
 use marlin_ops::activation::ACTIVATION_BLOCK;
 
 use super::{tile_codes, tile_rows, unit_code};
-use crate::pool::Pool;
+use crate::Cpu;
+use crate::arena::Array;
 use crate::simd::Line;
 
 /// Codes whose values are a table of the weight's own.
@@ -18,15 +19,15 @@ pub(crate) struct Grid {
     code_rows: usize,
     /// Lines of scales per tile.
     pub(crate) groups: usize,
-    codes: Vec<Line<u32>>,
-    pub(crate) scales: Vec<Line<f32>>,
+    codes: Array<Line<u32>>,
+    pub(crate) scales: Array<Line<f32>>,
     /// By code; bits above those of a code do not matter.
     pub(crate) levels: Box<[f32; 256]>,
 }
 
 impl Grid {
     /// Repacks a matrix, which is validated.
-    pub(super) fn new(pool: &Pool, matrix: &GridMatrix) -> Result<Self, FormatError> {
+    pub(super) fn new(cpu: &Cpu, matrix: &GridMatrix) -> Result<Self> {
         let (n, k) = (matrix.out_features, matrix.in_features);
         let folded = matrix.folded()?;
         let code_rows = folded.layout.rows(k.next_multiple_of(ACTIVATION_BLOCK));
@@ -36,8 +37,10 @@ impl Grid {
             group_size: folded.group_size,
             code_rows,
             groups,
-            codes: tile_codes(pool, &folded.words, n, folded.layout, code_rows),
-            scales: tile_rows(&folded.scales, n, groups, |scale| scale).into_iter().map(Line).collect(),
+            codes: tile_codes(cpu, &folded.words, n, folded.layout, code_rows)?,
+            scales: tile_rows(cpu, &folded.scales, n, groups, |line: &mut Line<f32>, lane, scale| {
+                line.0[lane] = scale
+            })?,
             levels: folded.levels,
         })
     }

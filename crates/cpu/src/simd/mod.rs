@@ -14,6 +14,7 @@ mod portable;
 mod tests;
 pub(crate) mod trellis;
 
+use bytemuck::Zeroable;
 pub(crate) use level::Level;
 use trellis::TrellisRow;
 
@@ -21,7 +22,7 @@ use trellis::TrellisRow;
 pub(crate) const LANES: usize = 16;
 
 /// One cache line of lanes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct Line<T>(pub(crate) [T; LANES]);
 

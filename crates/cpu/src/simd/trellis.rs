@@ -4,13 +4,15 @@
 //! symbols of columns c and c + 8, four row pairs of each: word w of them is element c of row w here, so that eight lanes
 //! find their own stream one below the other. What precedes a stream is the last word of the stream before it.
 
+use bytemuck::Zeroable;
+
 use super::{LANES, Simd};
 
 /// Column pairs of a tile.
 const COLUMNS: usize = LANES / 2;
 
 /// One word of each column pair.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Zeroable)]
 #[repr(C, align(32))]
 pub(crate) struct TrellisRow(pub(crate) [u32; COLUMNS]);
 

@@ -1,0 +1,158 @@
+//! Memory for weights. Arrays are cut from large anonymous maps for which huge pages are asked: with pages of 4 KiB each
+//! of them costs a walk through the page tables and stops the prefetchers of some cores. Weights are often smaller than a
+//! huge page (2 MiB), so they share maps; a map goes back to the system with the last of its arrays.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::Zeroable;
+use marlin_ops::{OpError, Result};
+use memmap2::MmapMut;
+
+/// Bytes of a map for several arrays.
+const SHARED: usize = 32 << 20;
+/// Arrays from here on have maps of their own.
+const LARGE: usize = SHARED / 2;
+/// Where maps are cut: cache lines, as vectors are loaded.
+const ALIGNMENT: usize = 64;
+/// Bytes of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
+const HUGE: usize = 2 << 20;
+
+/// Where arrays come from.
+#[derive(Default)]
+pub(crate) struct Arena(Mutex<Option<Rest>>);
+
+/// What is left of a map.
+struct Rest {
+    map: Arc<MmapMut>,
+    start: NonNull<u8>,
+    left: usize,
+}
+
+// SAFETY: nothing else points to the bytes from `start`, and they may be used from any thread.
+unsafe impl Send for Rest {}
+
+/// Elements in memory of an [`Arena`].
+pub(crate) struct Array<T> {
+    start: NonNull<T>,
+    len: usize,
+    /// Keeps the memory; none for no bytes.
+    _map: Option<Arc<MmapMut>>,
+    _elements: PhantomData<T>,
+}
+
+// SAFETY: an array is the only owner of its elements, as a `Vec` is.
+unsafe impl<T: Send> Send for Array<T> {}
+// SAFETY: as above; a shared array gives shared references only.
+unsafe impl<T: Sync> Sync for Array<T> {}
+
+impl Arena {
+    /// `len` elements of zeros. A device error where the system has no memory left.
+    pub(crate) fn zeros<T: Zeroable + Copy>(&self, len: usize) -> Result<Array<T>> {
+        const { assert!(align_of::<T>() <= ALIGNMENT) };
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE - ALIGNMENT);
+        let bytes = bytes.ok_or_else(|| no_memory(format!("{len} elements")))?.next_multiple_of(ALIGNMENT);
+        if bytes == 0 {
+            return Ok(Array { start: NonNull::dangling(), len, _map: None, _elements: PhantomData });
+        }
+        let (map, start) = if bytes >= LARGE {
+            Rest::new(bytes)?.cut(bytes)
+        } else {
+            let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let rest = match open.take() {
+                Some(rest) if rest.left >= bytes => rest,
+                _ => Rest::new(SHARED)?,
+            };
+            open.insert(rest).cut(bytes)
+        };
+        Ok(Array { start: start.cast(), len, _map: Some(map), _elements: PhantomData })
+    }
+}
+
+impl Rest {
+    /// A map with room for `len` bytes of zeros from a multiple of [`HUGE`] on.
+    fn new(len: usize) -> Result<Self> {
+        let mut map = MmapMut::map_anon(len + HUGE).map_err(|e| no_memory(format!("{len} bytes: {e}")))?;
+        // A wish: systems without huge pages refuse it and lose speed alone.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let skipped = map.as_ptr().align_offset(HUGE);
+        let start = NonNull::from(&mut map[skipped..skipped + len]).cast();
+        Ok(Self { map: Arc::new(map), start, left: len })
+    }
+
+    /// Takes the first `len` bytes, at most as many as are left; a multiple of [`ALIGNMENT`].
+    fn cut(&mut self, len: usize) -> (Arc<MmapMut>, NonNull<u8>) {
+        assert!(len <= self.left);
+        let start = self.start;
+        // SAFETY: `start` has `left` bytes of the map behind it, and `len` is not larger.
+        self.start = unsafe { start.add(len) };
+        self.left -= len;
+        (self.map.clone(), start)
+    }
+}
+
+fn no_memory(what: String) -> OpError {
+    OpError::Device { operation: "allocate", reason: format!("no memory for {what}") }
+}
+
+impl<T> Deref for Array<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `start` is aligned, and the map holds `len` elements there that are zeros, which `zeros` asks to be
+        // valid, or were written since; they belong to this array alone and live as long as `_map`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T> DerefMut for Array<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`; `self` is borrowed for as long as the elements.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_lie_apart_start_as_zeros_and_outlive_the_arena() {
+        let arena = Arena::default();
+        let lens = [1, 0, 5, 1 << 20, SHARED / 8 - 3, SHARED / 4 + 1, 7];
+        let mut arrays: Vec<Array<u64>> = Vec::new();
+        for round in 0..3 {
+            for (i, &len) in lens.iter().enumerate() {
+                let mut array = arena.zeros::<u64>(len).unwrap();
+                assert!(array.len() == len && array.iter().all(|&v| v == 0));
+                assert!(array.as_ptr().addr().is_multiple_of(if len == 0 { 8 } else { ALIGNMENT }));
+                array.fill(1 + (round * lens.len() + i) as u64);
+                arrays.push(array);
+            }
+            // Maps that are still in use stay.
+            arrays.swap_remove(round);
+        }
+        drop(arena);
+        let mut marks: Vec<u64> = arrays.iter().filter_map(|array| array.first().copied()).collect();
+        for array in &arrays {
+            assert!(array.iter().all(|v| Some(v) == array.first()));
+        }
+        marks.sort_unstable();
+        marks.dedup();
+        assert_eq!(marks.len(), arrays.iter().filter(|array| !array.is_empty()).count());
+        std::thread::spawn(move || drop(arrays)).join().unwrap();
+    }
+
+    #[test]
+    fn more_than_there_is_is_an_error() {
+        let arena = Arena::default();
+        for len in [usize::MAX, usize::MAX / 8, isize::MAX as usize / 8] {
+            let error = arena.zeros::<u64>(len).err().map(|e| e.to_string());
+            assert!(error.as_ref().is_some_and(|e| e.contains("no memory for")), "{error:?}");
+        }
+        assert_eq!(arena.zeros::<u64>(1).unwrap()[0], 0);
+    }
+}
