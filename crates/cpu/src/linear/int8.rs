@@ -465,7 +465,7 @@ impl<S: Simd> Task<'_, S> {
 }
 
 /// Blocks that are fetched ahead of their use.
-const AHEAD: usize = 16;
+const AHEAD: usize = 32;
 
 /// One row straight from the packed words.
 #[inline(always)]
