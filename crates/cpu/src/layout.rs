@@ -12,6 +12,8 @@
 pub(crate) mod exl3;
 pub(crate) mod grid;
 
+use std::ops::Range;
+
 use bytemuck::Zeroable;
 use half::f16;
 use marlin_formats::pack::Layout;
@@ -148,6 +150,22 @@ impl PackedWeight {
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
 
+    /// Addresses of the arrays that products read, from tile `tile` on.
+    pub(crate) fn addresses(&self, tile: usize) -> [Range<usize>; 3] {
+        let arrays = match &self.values {
+            Values::F32(lines) => [addresses(lines), 0..0, 0..0],
+            Values::F16(lines) | Values::BF16(lines) => [addresses(lines), 0..0, 0..0],
+            Values::Quantized(q) => {
+                let shifts = q.shifts.as_ref().map_or(0..0, Scales::addresses);
+                [addresses(&q.codes), q.scales.addresses(), shifts]
+            }
+            Values::Exl3(q) => [addresses(q.words_from(0)), 0..0, 0..0],
+            Values::Grid(q) => [addresses(&q.codes), addresses(&q.scales), 0..0],
+        };
+        let tiles = self.tiles().max(1);
+        arrays.map(|array| array.start + array.len() / tiles * tile.min(tiles)..array.end)
+    }
+
     /// Tiles of sixteen output columns.
     pub(crate) fn tiles(&self) -> usize {
         self.out_features.div_ceil(LANES)
@@ -277,6 +295,15 @@ impl Scales {
         }
     }
 
+    /// Addresses of the numbers of the groups.
+    fn addresses(&self) -> Range<usize> {
+        match self {
+            Scales::F16(lines) => addresses(lines),
+            Scales::F32(lines) => addresses(lines),
+            Scales::Byte { bytes, .. } | Scales::TwoLevel { bytes, .. } => addresses(bytes),
+        }
+    }
+
     fn size_in_bytes(&self) -> usize {
         match self {
             Scales::F16(lines) => size_of_val(&lines[..]),
@@ -285,6 +312,11 @@ impl Scales {
             Scales::TwoLevel { bytes, supers, .. } => size_of_val(&bytes[..]) + size_of_val(&supers[..]),
         }
     }
+}
+
+fn addresses<T>(elements: &[T]) -> Range<usize> {
+    let range = elements.as_ptr_range();
+    range.start.addr()..range.end.addr()
 }
 
 /// Code `i` of a repacked unit; bits above it are not cleared where units are single words.

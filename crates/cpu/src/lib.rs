@@ -6,6 +6,7 @@
 //!
 //! Results depend on the instruction set and the mode, never on the thread count.
 
+mod ahead;
 mod arena;
 mod attention;
 mod buffer;

@@ -12,6 +12,8 @@ use std::thread::{self, JoinHandle};
 
 use marlin_ops::{OpError, Result};
 
+use crate::ahead::{self, Reads};
+
 /// Turns of a waiting loop before it gives its core away; about a tenth of a millisecond.
 const SPINS: usize = 1 << 13;
 
@@ -132,28 +134,32 @@ impl Pool {
         len: usize,
         f: impl Fn(usize, &mut [T]) + Sync + Send,
     ) {
-        self.share(work, data, len, |_| 1, f);
+        self.share(work, data, len, |_| (), |_| 1, f);
     }
 
     /// Calls `f(first, part)` for parts of whole units of `unit` elements, `first` their first unit; `data` may end
     /// within a unit. Parts shrink towards the end of the work, so that threads end together. `work` is as in
-    /// [`Pool::for_chunks_of`].
+    /// [`Pool::for_chunks_of`]; `reads` says what a thread reads that goes on from a unit, which each remembers.
     pub(crate) fn for_parts<T: Send>(
         &self,
         work: usize,
         data: &mut [T],
         unit: usize,
+        reads: impl Fn(usize) -> Reads + Sync,
         f: impl Fn(usize, &mut [T]) + Sync + Send,
     ) {
-        self.share(work, data, unit, |left| left.div_ceil(PART), f);
+        let begin = |first| ahead::begin(reads(first));
+        self.share(work, data, unit, begin, |left| left.div_ceil(PART), f);
     }
 
     /// Calls `f(first, units)` for disjoint parts of `data`, `take(left)` units each where `left` are left of a stretch.
+    /// Before that each thread calls `begin` with the first unit of its stretch.
     fn share<T: Send>(
         &self,
         work: usize,
         data: &mut [T],
         unit: usize,
+        begin: impl Fn(usize) + Sync,
         take: impl Fn(usize) -> usize + Sync,
         f: impl Fn(usize, &mut [T]) + Sync,
     ) {
@@ -168,6 +174,9 @@ impl Pool {
         });
         self.run(units > 1 && work >= LEAST_WORK, &|thread| {
             let own = thread % count;
+            if own * per_stretch < units {
+                begin(own * per_stretch);
+            }
             // The locks are released before the calls.
             while let Some((first, part)) = { lock(&stretches[own]).take_front(&take) } {
                 f(first, part);
@@ -252,6 +261,7 @@ impl<'a> OpenRegion<'a> {
 impl Drop for OpenRegion<'_> {
     fn drop(&mut self) {
         *lock(&self.0.work) = None;
+        ahead::fetch_until(|| self.0.inside.load(Ordering::Acquire) == 0);
         wait_until(|| self.0.inside.load(Ordering::Acquire) == 0);
     }
 }
@@ -292,6 +302,7 @@ impl Shared {
     /// Waits for a region after number `seen`.
     fn next_region(&self, seen: usize) -> usize {
         let opened = || self.opened.load(Ordering::SeqCst);
+        ahead::fetch_until(|| opened() != seen);
         for _ in 0..SPINS {
             if opened() != seen {
                 return opened();
@@ -328,11 +339,17 @@ mod tests {
                 });
                 assert!(data.into_iter().eq(0..50));
                 let mut data = vec![0; 50];
-                pool.for_parts(usize::MAX, &mut data, len, |first, part| {
-                    let start = first * len.max(1);
-                    assert!(part.len().is_multiple_of(len.max(1)) || start + part.len() == 50);
-                    part.iter_mut().enumerate().for_each(|(j, v)| *v += start + j);
-                });
+                pool.for_parts(
+                    usize::MAX,
+                    &mut data,
+                    len,
+                    |_| Reads::default(),
+                    |first, part| {
+                        let start = first * len.max(1);
+                        assert!(part.len().is_multiple_of(len.max(1)) || start + part.len() == 50);
+                        part.iter_mut().enumerate().for_each(|(j, v)| *v += start + j);
+                    },
+                );
                 assert!(data.into_iter().eq(0..50));
             }
             let seen: Vec<AtomicUsize> = (0..40).map(|_| AtomicUsize::new(0)).collect();

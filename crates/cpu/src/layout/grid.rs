@@ -19,7 +19,7 @@ pub(crate) struct Grid {
     code_rows: usize,
     /// Lines of scales per tile.
     pub(crate) groups: usize,
-    codes: Array<Line<u32>>,
+    pub(super) codes: Array<Line<u32>>,
     pub(crate) scales: Array<Line<f32>>,
     /// By code; bits above those of a code do not matter.
     pub(crate) levels: Box<[f32; 256]>,

@@ -24,6 +24,7 @@ use self::exl3::{ForWeight, PREPARED};
 pub(crate) use self::int8::ActivationBlock;
 use self::int8::{PAIR, QuantizeRows, Tile};
 use crate::Cpu;
+use crate::ahead::Reads;
 use crate::buffer::{f32s, f32s_mut, u32s};
 use crate::layout::exl3::SPAN;
 use crate::layout::{CodeOrder, PackedWeight, Values};
@@ -209,14 +210,25 @@ impl Cpu {
         let padded = |weight: &PackedWeight| weight.tiles().next_multiple_of(step);
         let tiles = (0..projections.len()).map(|i| padded(weights(i))).sum();
         let mut lines = self.workspace.lines.take(tiles);
-        self.pool.for_parts(tiles * LANES * x.columns, &mut lines, step, |first, lines| {
+        // The weight of a step, and its first tile there.
+        let place = |step_index: usize| {
+            let (mut weight, mut tile) = (0, step_index * step);
+            while tile >= padded(weights(weight)) {
+                tile -= padded(weights(weight));
+                weight += 1;
+            }
+            (weight, tile)
+        };
+        let reads = |first| {
+            let (weight, tile) = place(first);
+            Reads::of(weights(weight).addresses(tile).into_iter())
+        };
+        self.pool.for_parts(tiles * LANES * x.columns, &mut lines, step, reads, |first, lines| {
             let mut panels = self.panels(x.columns);
-            // The tile's weight, and its number there.
-            let (mut weight, mut tile) = (0, first * step);
+            let (mut weight, mut tile) = place(first);
             for lines in lines.chunks_exact_mut(step) {
-                while tile >= padded(weights(weight)) {
-                    tile -= padded(weights(weight));
-                    weight += 1;
+                if tile == padded(weights(weight)) {
+                    (weight, tile) = (weight + 1, 0);
                 }
                 let end = weights(weight).tiles().min(tile + step);
                 self.multiply_any(weights(weight), tile..end, x, 0..1, &mut panels, lines);
@@ -382,25 +394,31 @@ impl Cpu {
     /// the start of `acc`, for up to `shape.step` tiles at a time; `acc` has `shape.lines` lines per row.
     fn fill(
         &self,
-        shape: Shape,
+        shape: Shape<'_>,
         residual: Addend<'_>,
         out: &mut [f32],
         produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
     ) {
-        let Shape { rows: m, columns: n, in_features: k, step, lines: per_row } = shape;
+        let Shape { rows: m, columns: n, in_features: k, step, lines: per_row, .. } = shape;
         let tiles = n.div_ceil(LANES);
         if m == 1 {
-            self.pool.for_parts(n * k, out, step * LANES, |first, out| {
-                let mut panels = self.panels(k);
-                let mut acc = [Line::default(); PAIR * SPAN];
-                for (tile, out) in (first * step..).step_by(step).zip(out.chunks_mut(step * LANES)) {
-                    let count = out.len().div_ceil(LANES);
-                    produce(tile..tile + count, 0..1, &mut panels, &mut acc[..per_row]);
-                    for (t, out) in out.chunks_mut(LANES).enumerate() {
-                        residual.write((tile + t) * LANES, &acc[t], out);
+            self.pool.for_parts(
+                n * k,
+                out,
+                step * LANES,
+                |first| shape.reads(first),
+                |first, out| {
+                    let mut panels = self.panels(k);
+                    let mut acc = [Line::default(); PAIR * SPAN];
+                    for (tile, out) in (first * step..).step_by(step).zip(out.chunks_mut(step * LANES)) {
+                        let count = out.len().div_ceil(LANES);
+                        produce(tile..tile + count, 0..1, &mut panels, &mut acc[..per_row]);
+                        for (t, out) in out.chunks_mut(LANES).enumerate() {
+                            residual.write((tile + t) * LANES, &acc[t], out);
+                        }
                     }
-                }
-            });
+                },
+            );
         } else if m >= 2 * LEAST_ROWS * self.pool.threads() {
             let block = self.row_block(m, k);
             self.pool.for_chunks(out, block * n, |i, out| {
@@ -439,7 +457,7 @@ impl Cpu {
     /// Few rows: tasks take tiles, then a second pass puts the tiles side by side.
     fn fill_by_tile(
         &self,
-        shape: Shape,
+        shape: Shape<'_>,
         residual: Addend<'_>,
         out: &mut [f32],
         produce: impl Fn(Range<usize>, Range<usize>, &mut Panels<'_>, &mut [Line<f32>]) + Sync,
@@ -448,12 +466,19 @@ impl Cpu {
         let tiles = n.div_ceil(LANES);
         let per_step = shape.lines * m;
         let mut lines = self.workspace.lines.take(tiles.div_ceil(step) * per_step);
-        self.pool.for_parts(m * n * shape.in_features, &mut lines, per_step, |first, lines| {
-            let mut panels = self.panels(shape.in_features);
-            for (tile, acc) in (first * step..).step_by(step).zip(lines.chunks_exact_mut(per_step)) {
-                produce(tile..tiles.min(tile + step), 0..m, &mut panels, acc);
-            }
-        });
+        let work = m * n * shape.in_features;
+        self.pool.for_parts(
+            work,
+            &mut lines,
+            per_step,
+            |first| shape.reads(first),
+            |first, lines| {
+                let mut panels = self.panels(shape.in_features);
+                for (tile, acc) in (first * step..).step_by(step).zip(lines.chunks_exact_mut(per_step)) {
+                    produce(tile..tiles.min(tile + step), 0..m, &mut panels, acc);
+                }
+            },
+        );
         let row_grain = match m * n < SPREAD_ELEMENTS {
             true => m,
             false => self.pool.grain(m),
@@ -492,7 +517,9 @@ impl Gated<'_> {
 }
 
 #[derive(Clone, Copy)]
-struct Shape {
+struct Shape<'a> {
+    /// One weight, or two of the same tiles.
+    weights: &'a [&'a PackedWeight],
     rows: usize,
     columns: usize,
     in_features: usize,
@@ -502,11 +529,23 @@ struct Shape {
     lines: usize,
 }
 
-impl Shape {
+impl<'a> Shape<'a> {
     /// The output of one weight.
-    fn of(weight: &PackedWeight, rows: usize) -> Self {
+    fn of(weight: &'a &'a PackedWeight, rows: usize) -> Self {
         let step = weight.step().max(PAIR);
-        Self { rows, columns: weight.out_features, in_features: weight.in_features, step, lines: step }
+        Self {
+            weights: std::slice::from_ref(weight),
+            rows,
+            columns: weight.out_features,
+            in_features: weight.in_features,
+            step,
+            lines: step,
+        }
+    }
+
+    /// What a thread reads that goes on from step `first`.
+    fn reads(&self, first: usize) -> Reads {
+        Reads::of(self.weights.iter().flat_map(|weight| weight.addresses(first * self.step)))
     }
 }
 
@@ -600,7 +639,7 @@ impl LinearOps for Cpu {
         let mut x = self.activations(x, weight.in_features, &[weight], true);
         self.rotate_activations(&mut x, &[weight]);
         let out = f32s_mut(OP, "out", args.out)?;
-        self.fill(Shape::of(weight, args.x.rows()), residual, out, |tiles, rows, panels, acc| {
+        self.fill(Shape::of(&weight, args.x.rows()), residual, out, |tiles, rows, panels, acc| {
             self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
         });
         Ok(())
@@ -623,7 +662,7 @@ impl LinearOps for Cpu {
             let weight = weight.data();
             let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
             let out = f32s_mut(OP, "out", out)?;
-            self.fill(Shape::of(weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
+            self.fill(Shape::of(&weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
                 self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
             });
         }
@@ -635,10 +674,11 @@ impl LinearOps for Cpu {
         let gated = Gated { gate: args.gate.data(), up: args.up.data(), activation: args.activation };
         let in_features = gated.gate.in_features;
         let (columns, step) = (gated.gate.out_features, gated.step());
-        let shape = Shape { rows: args.x.rows(), columns, in_features, step, lines: PAIR * step };
         let x = f32s(OP, "x", args.x)?;
         let normed = self.normalized(OP, x, in_features, args.norm.as_ref())?;
         let weights = [gated.gate, gated.up];
+        let rows = args.x.rows();
+        let shape = Shape { weights: &weights, rows, columns, in_features, step, lines: PAIR * step };
         let mut x = self.activations(normed.as_deref().unwrap_or(x), in_features, &weights, true);
         self.rotate_activations(&mut x, &weights);
         let out = f32s_mut(OP, "out", args.out)?;

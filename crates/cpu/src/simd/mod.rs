@@ -1,4 +1,4 @@
-//! Sixteen-lane vectors behind one trait, the only place with `unsafe`. A kernel is written once against [`Simd`] and
+//! Sixteen-lane vectors behind one trait. A kernel is written once against [`Simd`] and
 //! compiled for every instruction set; [`Level::run`] enters it with the target features switched on.
 
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +30,27 @@ impl<T: Copy + Default> Default for Line<T> {
     fn default() -> Self {
         Self([T::default(); LANES])
     }
+}
+
+/// Starts to bring the cache line at an address, which may be any, into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_address(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let address = std::ptr::without_provenance::<i8>(address);
+        // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could see: of addresses that it
+        // may not read the processor takes no notice.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address) }
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch reads nothing that the program could see: of addresses that it may not read the processor takes
+    // no notice.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
 }
 
 /// A computation generic over the instruction set. `run` and what it calls must be `#[inline(always)]`, so that it is
