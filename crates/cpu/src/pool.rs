@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 
@@ -38,19 +38,30 @@ const STRETCHES: usize = 16;
 /// The part of what is left of a stretch that [`Pool::for_parts`] hands out at once, as its divisor.
 const PART: usize = 3;
 
+/// A value with cache lines of its own: what one thread writes does not disturb those that read its neighbours.
+#[derive(Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
 #[derive(Default)]
 struct Shared {
-    /// Regions opened so far; idle workers watch it.
-    opened: AtomicUsize,
-    /// The open region.
-    work: Mutex<Option<&'static Work<'static>>>,
-    /// Workers inside it.
-    inside: AtomicUsize,
+    /// What the caller of a region writes.
+    region: Apart<Region>,
+    /// Workers inside the open region, or that look whether there is one.
+    inside: Apart<AtomicUsize>,
     /// Workers that sleep.
-    asleep: AtomicUsize,
+    asleep: Apart<AtomicUsize>,
     stop: AtomicBool,
     /// The first panic of a worker.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+#[derive(Default)]
+struct Region {
+    /// Regions opened so far; idle workers watch it.
+    opened: AtomicUsize,
+    /// The open region's work, null without one.
+    work: AtomicPtr<&'static Work<'static>>,
 }
 
 /// What is left of a stretch: its owner takes from the front, threads that are through with theirs from the back.
@@ -87,6 +98,19 @@ impl<'a, T> Stretch<'a, T> {
 thread_local! {
     /// Whether this thread is inside a region, of whichever pool.
     static BUSY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Locks data that is held for some nanoseconds only: without the system's help, which would cost microseconds.
+fn spin_lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    for _ in 0..SPINS {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(guard)) => return guard.into_inner(),
+            Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+        }
+    }
+    // Its holder has lost its core.
+    lock(mutex)
 }
 
 /// Locks data that a panic cannot leave inconsistent.
@@ -170,7 +194,7 @@ impl Pool {
         let mut rest = data;
         let stretches: [_; STRETCHES] = std::array::from_fn(|i| {
             let rest = rest.split_off_mut(..rest.len().min(per_stretch * unit)).unwrap_or_default();
-            Mutex::new(Stretch { first: i * per_stretch, rest, unit })
+            Apart(Mutex::new(Stretch { first: i * per_stretch, rest, unit }))
         });
         self.run(units > 1 && work >= LEAST_WORK, &|thread| {
             let own = thread % count;
@@ -178,11 +202,11 @@ impl Pool {
                 begin(own * per_stretch);
             }
             // The locks are released before the calls.
-            while let Some((first, part)) = { lock(&stretches[own]).take_front(&take) } {
+            while let Some((first, part)) = { spin_lock(&stretches[own].0).take_front(&take) } {
                 f(first, part);
             }
             for other in (1..count).map(|i| (own + i) % count) {
-                while let Some((first, part)) = { lock(&stretches[other]).take_back(&take) } {
+                while let Some((first, part)) = { spin_lock(&stretches[other].0).take_back(&take) } {
                     f(first, part);
                 }
             }
@@ -216,8 +240,8 @@ impl Pool {
             Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
             Err(TryLockError::WouldBlock) => return work(0),
         };
-        let open = OpenRegion::new(&self.shared, work);
-        if self.shared.asleep.load(Ordering::SeqCst) > 0 {
+        let open = OpenRegion::new(&self.shared, &work);
+        if self.shared.asleep.0.load(Ordering::SeqCst) > 0 {
             self.workers.iter().for_each(|worker| worker.thread().unpark());
         }
         BUSY.set(true);
@@ -234,7 +258,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.opened.fetch_add(1, Ordering::SeqCst);
+        self.shared.region.0.opened.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             // A worker's panics were caught and handed on.
@@ -247,22 +271,21 @@ impl Drop for Pool {
 struct OpenRegion<'a>(&'a Shared);
 
 impl<'a> OpenRegion<'a> {
-    fn new(shared: &'a Shared, work: &Work<'_>) -> Self {
-        // SAFETY: workers take the reference from `shared.work` only, counting themselves into `inside` under its
-        // lock. Dropping the region, which the caller does before `work` goes away, empties `shared.work` and returns
-        // once nobody is inside.
-        let work = unsafe { std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work) };
-        *lock(&shared.work) = Some(work);
-        shared.opened.fetch_add(1, Ordering::SeqCst);
+    /// `work` must stay until the region is dropped.
+    fn new(shared: &'a Shared, work: &'a &Work<'_>) -> Self {
+        let work = std::ptr::from_ref(work).cast_mut().cast();
+        shared.region.0.work.store(work, Ordering::SeqCst);
+        shared.region.0.opened.fetch_add(1, Ordering::SeqCst);
         Self(shared)
     }
 }
 
 impl Drop for OpenRegion<'_> {
     fn drop(&mut self) {
-        *lock(&self.0.work) = None;
-        ahead::fetch_until(|| self.0.inside.load(Ordering::Acquire) == 0);
-        wait_until(|| self.0.inside.load(Ordering::Acquire) == 0);
+        self.0.region.0.work.store(std::ptr::null_mut(), Ordering::SeqCst);
+        let empty = || self.0.inside.0.load(Ordering::SeqCst) == 0;
+        ahead::fetch_until(empty);
+        wait_until(empty);
     }
 }
 
@@ -283,25 +306,23 @@ impl Shared {
         let mut seen = 0;
         while !self.stop.load(Ordering::SeqCst) {
             seen = self.next_region(seen);
-            let work = {
-                let work = lock(&self.work);
-                if work.is_some() {
-                    self.inside.fetch_add(1, Ordering::Relaxed);
-                }
-                *work
-            };
-            if let Some(work) = work {
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread))) {
-                    lock(&self.panic).get_or_insert(panic);
-                }
-                self.inside.fetch_sub(1, Ordering::Release);
+            // First inside, then the look: who closes a region first takes the work away, then counts who is inside.
+            self.inside.0.fetch_add(1, Ordering::SeqCst);
+            // SAFETY: the pointer is null or that of an open region. `OpenRegion` keeps what it points to borrowed, and
+            // when it is dropped makes the pointer null and waits until nobody is inside; this thread is, so either it
+            // finds null here or the region waits for it. The lifetimes that the cast made static end no earlier.
+            if let Some(work) = unsafe { self.region.0.work.load(Ordering::SeqCst).as_ref() }
+                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread)))
+            {
+                lock(&self.panic).get_or_insert(panic);
             }
+            self.inside.0.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
     /// Waits for a region after number `seen`.
     fn next_region(&self, seen: usize) -> usize {
-        let opened = || self.opened.load(Ordering::SeqCst);
+        let opened = || self.region.0.opened.load(Ordering::SeqCst);
         ahead::fetch_until(|| opened() != seen);
         for _ in 0..SPINS {
             if opened() != seen {
@@ -310,11 +331,11 @@ impl Shared {
             std::hint::spin_loop();
         }
         // A region opened before the count rises is seen here; one opened after it wakes the thread.
-        self.asleep.fetch_add(1, Ordering::SeqCst);
+        self.asleep.0.fetch_add(1, Ordering::SeqCst);
         while opened() == seen {
             thread::park();
         }
-        self.asleep.fetch_sub(1, Ordering::SeqCst);
+        self.asleep.0.fetch_sub(1, Ordering::SeqCst);
         opened()
     }
 }
