@@ -64,8 +64,34 @@ struct Region {
     work: AtomicPtr<&'static Work<'static>>,
 }
 
-/// What is left of a stretch: its owner takes from the front, threads that are through with theirs from the back.
+/// A stretch: its owner takes from the front, threads that are through with theirs from the back.
 struct Stretch<'a, T> {
+    left: Mutex<Left<'a, T>>,
+    /// Nothing is left: there is no need for the lock, which would take the owner's cache line away.
+    is_empty: AtomicBool,
+}
+
+impl<'a, T> Stretch<'a, T> {
+    fn new(first: usize, rest: &'a mut [T], unit: usize) -> Self {
+        Self { is_empty: AtomicBool::new(rest.is_empty()), left: Mutex::new(Left { first, rest, unit }) }
+    }
+
+    /// What `take` takes; it is not asked once nothing is left.
+    fn take<P>(&self, take: impl FnOnce(&mut Left<'a, T>) -> Option<P>) -> Option<P> {
+        if self.is_empty.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut left = spin_lock(&self.left);
+        let part = take(&mut left);
+        if left.rest.is_empty() {
+            self.is_empty.store(true, Ordering::Relaxed);
+        }
+        part
+    }
+}
+
+/// What is left of a stretch.
+struct Left<'a, T> {
     /// The unit that `rest` begins with.
     first: usize,
     rest: &'a mut [T],
@@ -73,23 +99,23 @@ struct Stretch<'a, T> {
     unit: usize,
 }
 
-impl<'a, T> Stretch<'a, T> {
-    fn left(&self) -> usize {
+impl<'a, T> Left<'a, T> {
+    fn units(&self) -> usize {
         self.rest.len().div_ceil(self.unit)
     }
 
-    /// The first `take(left)` units and the number of the first of them.
+    /// The first `take(units)` units and the number of the first of them.
     fn take_front(&mut self, take: impl Fn(usize) -> usize) -> Option<(usize, &'a mut [T])> {
-        let count = take(self.left());
+        let count = take(self.units());
         let part = self.rest.split_off_mut(..self.rest.len().min(count * self.unit)).filter(|part| !part.is_empty())?;
         let first = self.first;
         self.first += count;
         Some((first, part))
     }
 
-    /// The last `take(left)` units and the number of the first of them.
+    /// The last `take(units)` units and the number of the first of them.
     fn take_back(&mut self, take: impl Fn(usize) -> usize) -> Option<(usize, &'a mut [T])> {
-        let kept = self.left().checked_sub(take(self.left()))?;
+        let kept = self.units().checked_sub(take(self.units()))?;
         let part = self.rest.split_off_mut(kept * self.unit..).filter(|part| !part.is_empty())?;
         Some((self.first + kept, part))
     }
@@ -194,19 +220,18 @@ impl Pool {
         let mut rest = data;
         let stretches: [_; STRETCHES] = std::array::from_fn(|i| {
             let rest = rest.split_off_mut(..rest.len().min(per_stretch * unit)).unwrap_or_default();
-            Apart(Mutex::new(Stretch { first: i * per_stretch, rest, unit }))
+            Apart(Stretch::new(i * per_stretch, rest, unit))
         });
         self.run(units > 1 && work >= LEAST_WORK, &|thread| {
             let own = thread % count;
             if own * per_stretch < units {
                 begin(own * per_stretch);
             }
-            // The locks are released before the calls.
-            while let Some((first, part)) = { spin_lock(&stretches[own].0).take_front(&take) } {
+            while let Some((first, part)) = stretches[own].0.take(|left| left.take_front(&take)) {
                 f(first, part);
             }
             for other in (1..count).map(|i| (own + i) % count) {
-                while let Some((first, part)) = { spin_lock(&stretches[other].0).take_back(&take) } {
+                while let Some((first, part)) = stretches[other].0.take(|left| left.take_back(&take)) {
                     f(first, part);
                 }
             }
