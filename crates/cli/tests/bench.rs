@@ -75,6 +75,7 @@ fn tables_are_printed() {
     for part in [
         "MB per decoded token",
         "next to plain reads",
+        "from small pages",
         "roofline",
         "prefill: 24 tokens",
         "decode: 5 tokens",

@@ -20,9 +20,22 @@ const ALIGNMENT: usize = 64;
 /// Bytes of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
 const HUGE: usize = 2 << 20;
 
+/// What memory is asked of the system. On Linux; others choose for themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge pages, where the system has them to give.
+    #[default]
+    Huge,
+    /// Pages of the usual size.
+    Small,
+}
+
 /// Where arrays come from.
 #[derive(Default)]
-pub(crate) struct Arena(Mutex<Option<Rest>>);
+pub(crate) struct Arena {
+    pages: Pages,
+    open: Mutex<Option<Rest>>,
+}
 
 /// What is left of a map.
 struct Rest {
@@ -49,6 +62,10 @@ unsafe impl<T: Send> Send for Array<T> {}
 unsafe impl<T: Sync> Sync for Array<T> {}
 
 impl Arena {
+    pub(crate) fn new(pages: Pages) -> Self {
+        Self { pages, ..Self::default() }
+    }
+
     /// `len` elements of zeros. A device error where the system has no memory left.
     pub(crate) fn zeros<T: Zeroable + Copy>(&self, len: usize) -> Result<Array<T>> {
         const { assert!(align_of::<T>() <= ALIGNMENT) };
@@ -58,12 +75,12 @@ impl Arena {
             return Ok(Array { start: NonNull::dangling(), len, _map: None, _elements: PhantomData });
         }
         let (map, start) = if bytes >= LARGE {
-            Rest::new(bytes)?.cut(bytes)
+            Rest::new(bytes, self.pages)?.cut(bytes)
         } else {
-            let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let rest = match open.take() {
                 Some(rest) if rest.left >= bytes => rest,
-                _ => Rest::new(SHARED)?,
+                _ => Rest::new(SHARED, self.pages)?,
             };
             open.insert(rest).cut(bytes)
         };
@@ -73,11 +90,16 @@ impl Arena {
 
 impl Rest {
     /// A map with room for `len` bytes of zeros from a multiple of [`HUGE`] on.
-    fn new(len: usize) -> Result<Self> {
+    fn new(len: usize, pages: Pages) -> Result<Self> {
         let mut map = MmapMut::map_anon(len + HUGE).map_err(|e| no_memory(format!("{len} bytes: {e}")))?;
         // A wish: systems without huge pages refuse it and lose speed alone.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let _ = map.advise(match pages {
+            Pages::Huge => memmap2::Advice::HugePage,
+            Pages::Small => memmap2::Advice::NoHugePage,
+        });
+        #[cfg(not(target_os = "linux"))]
+        let _ = pages;
         let skipped = map.as_ptr().align_offset(HUGE);
         let start = NonNull::from(&mut map[skipped..skipped + len]).cast();
         Ok(Self { map: Arc::new(map), start, left: len })
@@ -121,7 +143,7 @@ mod tests {
 
     #[test]
     fn arrays_lie_apart_start_as_zeros_and_outlive_the_arena() {
-        let arena = Arena::default();
+        let arena = Arena::new(Pages::Huge);
         let lens = [1, 0, 5, 1 << 20, SHARED / 8 - 3, SHARED / 4 + 1, 7];
         let mut arrays: Vec<Array<u64>> = Vec::new();
         for round in 0..3 {

@@ -24,6 +24,7 @@ mod sampling;
 mod simd;
 mod workspace;
 
+pub use arena::Pages;
 pub use buffer::Buffer;
 pub use device::{Cpu, CpuOptions, Isa};
 pub use layout::{PackedExperts, PackedWeight};

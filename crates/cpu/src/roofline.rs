@@ -7,7 +7,7 @@ use marlin_ops::Result;
 use marlin_ops::profile::Roofline;
 
 use crate::Cpu;
-use crate::arena::Array;
+use crate::arena::{Arena, Array, Pages};
 use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Repetitions; the best counts.
@@ -43,12 +43,12 @@ impl PlainReads<'_> {
 }
 
 impl Cpu {
-    /// Takes the memory that plain reads go through, as weights have theirs.
+    /// Takes the memory that plain reads go through; weights have theirs in [`Pages::Huge`].
     ///
     /// # Errors
     /// A device error where there is not enough memory.
-    pub fn plain_reads(&self) -> Result<PlainReads<'_>> {
-        let mut data = self.arena.zeros::<Line<u32>>(READ_BYTES / size_of::<Line<u32>>())?;
+    pub fn plain_reads(&self, pages: Pages) -> Result<PlainReads<'_>> {
+        let mut data = Arena::new(pages).zeros::<Line<u32>>(READ_BYTES / size_of::<Line<u32>>())?;
         data.fill(Line([1; LANES]));
         Ok(PlainReads { cpu: self, data })
     }
@@ -59,7 +59,7 @@ impl Cpu {
     /// # Errors
     /// A device error where there is not enough memory.
     pub fn roofline(&self) -> Result<Roofline> {
-        let reads = self.plain_reads()?;
+        let reads = self.plain_reads(Pages::Huge)?;
         let read = fastest(|| reads.pass());
         drop(reads);
         let chains = self.level.run(Chains);

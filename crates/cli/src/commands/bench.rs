@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use marlin_cpu::Cpu;
+use marlin_cpu::{Cpu, Pages};
 use marlin_formats::DType;
 use marlin_ops::profile::{Profiler, Roofline};
 use marlin_ops::{Backend, Device};
@@ -138,7 +138,8 @@ impl Workload<Cpu> {
         let backend = self.backend.clone();
         let (turn, total) = (Turn::new(bytes_per_token), self.continuation.len());
         let rounds = total.div_ceil(turn.tokens);
-        Interleaved::measure(turn, rounds, bytes_per_token, &backend.plain_reads()?, |round| {
+        let reads = [backend.plain_reads(Pages::Huge)?, backend.plain_reads(Pages::Small)?];
+        Interleaved::measure(turn, rounds, bytes_per_token, &reads, |round| {
             let start = round * turn.tokens;
             let tokens = start..total.min(start + turn.tokens);
             Ok((tokens.len(), self.decode_some(tokens)?))

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use marlin_cpu::PlainReads;
+use marlin_cpu::{Pages, PlainReads};
 use serde_json::{Value, json};
 
 /// Bytes of one turn of decoding.
@@ -36,11 +36,11 @@ impl Turn {
 /// One turn of decoding.
 struct Round {
     bytes_per_s: f64,
-    /// Mean of the plain reads before and after it.
-    plain_bytes_per_s: f64,
+    /// Means of the plain reads before and after it: of memory as weights have it, and of small pages.
+    plain_bytes_per_s: [f64; 2],
 }
 
-/// All rounds, by their share of the plain reads.
+/// All rounds, by their shares of the plain reads.
 pub struct Interleaved {
     turn: Turn,
     rounds: Vec<Round>,
@@ -52,36 +52,40 @@ impl Interleaved {
         turn: Turn,
         rounds: usize,
         bytes_per_token: f64,
-        reads: &PlainReads<'_>,
+        reads: &[PlainReads<'_>; 2],
         mut decode: impl FnMut(usize) -> Result<(usize, Duration)>,
     ) -> Result<Self> {
-        // Not counted: the first touch of the buffer.
-        reads.pass();
-        let mut before = turn.plain_bytes_per_s(reads);
+        // Not counted: the first touch of the buffers.
+        for reads in reads {
+            reads.pass();
+        }
+        let plain = || reads.each_ref().map(|reads| turn.plain_bytes_per_s(reads));
+        let mut before = plain();
         let mut all = Vec::with_capacity(rounds);
         for i in 0..rounds {
             let (tokens, time) = decode(i)?;
-            let after = turn.plain_bytes_per_s(reads);
+            let after = plain();
             all.push(Round {
                 bytes_per_s: tokens as f64 * bytes_per_token / time.as_secs_f64(),
-                plain_bytes_per_s: (before + after) / 2.0,
+                plain_bytes_per_s: std::array::from_fn(|pages| (before[pages] + after[pages]) / 2.0),
             });
             before = after;
         }
         Ok(Self { turn, rounds: all })
     }
 
-    /// Quantile of the rounds' shares, 0.5 for the median; at least one round.
-    fn share(&self, quantile: f64) -> f64 {
-        quantile_of(self.rounds.iter().map(|round| round.bytes_per_s / round.plain_bytes_per_s), quantile)
+    /// Quantile of the rounds' shares of the reads of huge or small pages, 0.5 for the median; at least one round.
+    fn share(&self, pages: Pages, quantile: f64) -> f64 {
+        let share = |round: &Round| round.bytes_per_s / round.plain_bytes_per_s[pages as usize];
+        quantile_of(self.rounds.iter().map(share), quantile)
     }
 
     fn median_bytes_per_s(&self) -> f64 {
         quantile_of(self.rounds.iter().map(|round| round.bytes_per_s), 0.5)
     }
 
-    fn median_plain_bytes_per_s(&self) -> f64 {
-        quantile_of(self.rounds.iter().map(|round| round.plain_bytes_per_s), 0.5)
+    fn median_plain_bytes_per_s(&self, pages: Pages) -> f64 {
+        quantile_of(self.rounds.iter().map(|round| round.plain_bytes_per_s[pages as usize]), 0.5)
     }
 
     /// Rounds, and the quartiles of the shares.
@@ -90,10 +94,12 @@ impl Interleaved {
             "rounds": self.rounds.len(),
             "tokens_per_round": self.turn.tokens,
             "decode_bytes_per_s": self.median_bytes_per_s(),
-            "plain_bytes_per_s": self.median_plain_bytes_per_s(),
-            "lower_quartile": self.share(0.25),
-            "median": self.share(0.5),
-            "upper_quartile": self.share(0.75),
+            "plain_bytes_per_s": self.median_plain_bytes_per_s(Pages::Huge),
+            "lower_quartile": self.share(Pages::Huge, 0.25),
+            "median": self.share(Pages::Huge, 0.5),
+            "upper_quartile": self.share(Pages::Huge, 0.75),
+            "small_pages_bytes_per_s": self.median_plain_bytes_per_s(Pages::Small),
+            "small_pages_median": self.share(Pages::Small, 0.5),
         })
     }
 
@@ -102,11 +108,16 @@ impl Interleaved {
         print_line!(
             "in turn  {:.1} GB/s next to plain reads of {:.1} GB/s: {:.1} % of them (quartiles {:.1} and {:.1} %, {} rounds)",
             self.median_bytes_per_s() / 1e9,
-            self.median_plain_bytes_per_s() / 1e9,
-            100.0 * self.share(0.5),
-            100.0 * self.share(0.25),
-            100.0 * self.share(0.75),
+            self.median_plain_bytes_per_s(Pages::Huge) / 1e9,
+            100.0 * self.share(Pages::Huge, 0.5),
+            100.0 * self.share(Pages::Huge, 0.25),
+            100.0 * self.share(Pages::Huge, 0.75),
             self.rounds.len(),
+        );
+        print_line!(
+            "         {:.1} % of plain reads of {:.1} GB/s from small pages",
+            100.0 * self.share(Pages::Small, 0.5),
+            self.median_plain_bytes_per_s(Pages::Small) / 1e9,
         );
         Ok(())
     }
