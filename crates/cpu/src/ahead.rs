@@ -26,7 +26,7 @@ impl Reads {
         let total: usize = arrays.clone().map(|array| array.len()).sum();
         let mut out = Self::default();
         for (out, array) in out.0.iter_mut().zip(arrays) {
-            let len = array.len() * MOST_BYTES.min(total) / total.max(1);
+            let len = (array.len() as u64 * MOST_BYTES.min(total) as u64 / total.max(1) as u64) as usize;
             *out = array.start..array.start + len;
         }
         out
@@ -77,14 +77,21 @@ thread_local! {
     static AHEAD: RefCell<Ahead> = RefCell::default();
 }
 
+/// Calls `f` with what this thread remembers; while a thread ends it may have forgotten everything.
+fn with_ahead(f: impl FnOnce(&mut Ahead)) {
+    let _ = AHEAD.try_with(|ahead| ahead.try_borrow_mut().map(|mut ahead| f(&mut ahead)));
+}
+
 /// This thread starts to read `reads`.
 pub(crate) fn begin(reads: Reads) {
-    AHEAD.with_borrow_mut(|ahead| ahead.begin(reads));
+    with_ahead(|ahead| ahead.begin(reads));
 }
 
 /// Fetches what this thread will read next, if that is known, until there is nothing left to fetch or `done`.
 pub(crate) fn fetch_until(done: impl Fn() -> bool) {
-    AHEAD.with_borrow_mut(|ahead| ahead.fetch_until(done));
+    with_ahead(|ahead| {
+        ahead.fetch_until(done);
+    });
 }
 
 #[cfg(test)]

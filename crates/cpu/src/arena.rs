@@ -1,6 +1,7 @@
 //! Memory for weights. Arrays are cut from large anonymous maps for which huge pages are asked: with pages of 4 KiB each
 //! of them costs a walk through the page tables and stops the prefetchers of some cores. Weights are often smaller than a
-//! huge page (2 MiB), so they share maps; a map goes back to the system with the last of its arrays.
+//! huge page (2 MiB), so they share maps; a map goes back to the system with the last of its arrays, the latest not before
+//! the arena.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};

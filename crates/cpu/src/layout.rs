@@ -150,7 +150,7 @@ impl PackedWeight {
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
 
-    /// Addresses of the arrays that products read, from tile `tile` on.
+    /// Addresses of the large arrays that products read, from tile `tile` on.
     pub(crate) fn addresses(&self, tile: usize) -> [Range<usize>; 3] {
         let arrays = match &self.values {
             Values::F32(lines) => [addresses(lines), 0..0, 0..0],
@@ -162,7 +162,11 @@ impl PackedWeight {
             Values::Exl3(q) => [addresses(q.words_from(0)), 0..0, 0..0],
             Values::Grid(q) => [addresses(&q.codes), addresses(&q.scales), 0..0],
         };
-        let tiles = self.tiles().max(1);
+        let tiles = match &self.values {
+            Values::Exl3(q) => q.svh.len() / LANES,
+            _ => self.tiles(),
+        };
+        let tiles = tiles.max(1);
         arrays.map(|array| array.start + array.len() / tiles * tile.min(tiles)..array.end)
     }
 

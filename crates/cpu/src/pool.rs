@@ -25,8 +25,8 @@ pub(crate) struct Pool {
     region: Mutex<()>,
 }
 
-/// A region's work: called once on every thread that takes part, with the thread's number; it returns when nothing is
-/// left to take.
+/// A region's work: called on every thread that takes part, rarely twice, with the thread's number; it returns when
+/// nothing is left to take.
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Multiplications that are worth sharing: some microseconds.
@@ -198,12 +198,18 @@ impl Pool {
         reads: impl Fn(usize) -> Reads + Sync,
         f: impl Fn(usize, &mut [T]) + Sync + Send,
     ) {
+        if work < LEAST_WORK || self.workers.is_empty() {
+            if !data.is_empty() {
+                f(0, data);
+            }
+            return;
+        }
         let begin = |first| ahead::begin(reads(first));
         self.share(work, data, unit, begin, |left| left.div_ceil(PART), f);
     }
 
     /// Calls `f(first, units)` for disjoint parts of `data`, `take(left)` units each where `left` are left of a stretch.
-    /// Before that each thread calls `begin` with the first unit of its stretch.
+    /// Before that each thread calls `begin` with the first unit of its stretch, if that has any.
     fn share<T: Send>(
         &self,
         work: usize,
@@ -336,10 +342,12 @@ impl Shared {
             // SAFETY: the pointer is null or that of an open region. `OpenRegion` keeps what it points to borrowed, and
             // when it is dropped makes the pointer null and waits until nobody is inside; this thread is, so either it
             // finds null here or the region waits for it. The lifetimes that the cast made static end no earlier.
-            if let Some(work) = unsafe { self.region.0.work.load(Ordering::SeqCst).as_ref() }
-                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread)))
-            {
-                lock(&self.panic).get_or_insert(panic);
+            if let Some(work) = unsafe { self.region.0.work.load(Ordering::SeqCst).as_ref() } {
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread))) {
+                    lock(&self.panic).get_or_insert(panic);
+                }
+                // It may be a later region than the one that woke this thread; none can open after it yet.
+                seen = self.region.0.opened.load(Ordering::SeqCst);
             }
             self.inside.0.fetch_sub(1, Ordering::SeqCst);
         }
@@ -375,7 +383,7 @@ mod tests {
 
     #[test]
     fn every_chunk_once_in_its_place() {
-        for threads in [1, 2, 5] {
+        for threads in [1, 2, 5, STRETCHES + 4] {
             let pool = pool(threads);
             for len in [0, 1, 7, 64] {
                 let mut data = vec![0; 50];

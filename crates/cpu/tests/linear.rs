@@ -7,7 +7,7 @@ use marlin_cpu::{Cpu, CpuOptions};
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::{DType, Format, Group, QuantizedMatrix, ScaleKind, Scheme, Shift, StoredGroups};
 use marlin_ops::convert::{DequantizeArgs, WeightOrder};
-use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Residual};
+use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Projection, ProjectionsArgs, Residual};
 use marlin_ops::rng::{Stream, random_word};
 use marlin_ops::{Backend, ConvertOps, Device, HostTensor, Linear, LinearOps, Result, Weight};
 
@@ -105,6 +105,39 @@ fn every_format_in_both_modes() {
                     check(&product, exact, 2e-6, &what);
                 }
             }
+        }
+    }
+}
+
+/// Dense projections of one row, by their widths.
+struct Projections {
+    k: usize,
+    widths: Vec<usize>,
+}
+
+impl Computation for Projections {
+    fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
+        let x = upload(device, &[1, self.k], &normals(self.k, 7))?;
+        let weight = |(seed, &n): (usize, &usize)| {
+            let values = normals(n * self.k, 8 + seed as u64);
+            Linear::new(device, Weight::dense(HostTensor::from_f32(&[n, self.k], &values)?)?)
+        };
+        let weights = self.widths.iter().enumerate().map(weight).collect::<Result<Vec<_>>>()?;
+        let mut outs = self.widths.iter().map(|&n| poisoned(device, &[1, n])).collect::<Result<Vec<_>>>()?;
+        let mut projections: Vec<_> =
+            weights.iter().zip(&mut outs).map(|(weight, out)| Projection { weight, out }).collect();
+        device.projections(ProjectionsArgs { x: &x, norm: None, projections: &mut projections })?;
+        outs.iter().map(|out| device.read_f64(out)).collect::<Result<Vec<_>>>().map(|outs| outs.concat())
+    }
+}
+
+#[test]
+fn projections_without_outputs_between_others() {
+    // Alone and shared out.
+    for k in [64, 4096] {
+        for widths in [vec![32, 0, 48], vec![0, 40, 0, 0, 100, 0], vec![16, 0, 16, 0, 320]] {
+            let what = format!("{widths:?}, K {k}");
+            check(&Projections { k, widths }, true, 2e-6, &what);
         }
     }
 }

@@ -227,7 +227,7 @@ impl Cpu {
             let mut panels = self.panels(x.columns);
             let (mut weight, mut tile) = place(first);
             for lines in lines.chunks_exact_mut(step) {
-                if tile == padded(weights(weight)) {
+                while tile == padded(weights(weight)) {
                     (weight, tile) = (weight + 1, 0);
                 }
                 let end = weights(weight).tiles().min(tile + step);

@@ -47,7 +47,7 @@ pub struct Interleaved {
 }
 
 impl Interleaved {
-    /// Reads and decodes in turn: `decode` gets the number of each round and returns the tokens it decoded and their time.
+    /// Reads, of huge pages and of small ones, and decodes in turn: `decode` gets the number of each round and returns the tokens it decoded and their time.
     pub fn measure(
         turn: Turn,
         rounds: usize,
@@ -103,7 +103,7 @@ impl Interleaved {
         })
     }
 
-    /// One line.
+    /// Two lines.
     pub fn print(&self) -> Result<()> {
         print_line!(
             "in turn  {:.1} GB/s next to plain reads of {:.1} GB/s: {:.1} % of them (quartiles {:.1} and {:.1} %, {} rounds)",
