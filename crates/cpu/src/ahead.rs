@@ -6,13 +6,12 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::simd::prefetch_address;
+use crate::simd::{LINE_BYTES, prefetch_address};
 
 /// Bytes of a stretch that are fetched: a part of the smallest second-level caches, and of a wait.
 const MOST_BYTES: usize = 128 << 10;
 /// Lines fetched between two looks at whether the wait is over.
 const LINES: usize = 8;
-const LINE_BYTES: usize = 64;
 /// Stretches remembered; more belong to models long gone.
 const MOST_STRETCHES: usize = 1 << 14;
 

@@ -12,12 +12,12 @@ use bytemuck::Zeroable;
 use marlin_ops::{OpError, Result};
 use memmap2::MmapMut;
 
+use crate::simd::LINE_BYTES;
+
 /// Bytes of a map for several arrays.
 const SHARED: usize = 32 << 20;
 /// Arrays from here on have maps of their own.
 const LARGE: usize = SHARED / 2;
-/// Where maps are cut: cache lines, as vectors are loaded.
-const ALIGNMENT: usize = 64;
 /// Bytes of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
 const HUGE: usize = 2 << 20;
 
@@ -69,9 +69,9 @@ impl Arena {
 
     /// `len` elements of zeros. A device error where the system has no memory left.
     pub(crate) fn zeros<T: Zeroable + Copy>(&self, len: usize) -> Result<Array<T>> {
-        const { assert!(align_of::<T>() <= ALIGNMENT) };
-        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE - ALIGNMENT);
-        let bytes = bytes.ok_or_else(|| no_memory(format!("{len} elements")))?.next_multiple_of(ALIGNMENT);
+        const { assert!(align_of::<T>() <= LINE_BYTES) };
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE - LINE_BYTES);
+        let bytes = bytes.ok_or_else(|| no_memory(format!("{len} elements")))?.next_multiple_of(LINE_BYTES);
         if bytes == 0 {
             return Ok(Array { start: NonNull::dangling(), len, _map: None, _elements: PhantomData });
         }
@@ -106,7 +106,7 @@ impl Rest {
         Ok(Self { map: Arc::new(map), start, left: len })
     }
 
-    /// Takes the first `len` bytes, at most as many as are left; a multiple of [`ALIGNMENT`].
+    /// Takes the first `len` bytes, at most as many as are left; a multiple of [`LINE_BYTES`].
     fn cut(&mut self, len: usize) -> (Arc<MmapMut>, NonNull<u8>) {
         assert!(len <= self.left);
         let start = self.start;
@@ -151,7 +151,7 @@ mod tests {
             for (i, &len) in lens.iter().enumerate() {
                 let mut array = arena.zeros::<u64>(len).unwrap();
                 assert!(array.len() == len && array.iter().all(|&v| v == 0));
-                assert!(array.as_ptr().addr().is_multiple_of(if len == 0 { 8 } else { ALIGNMENT }));
+                assert!(array.as_ptr().addr().is_multiple_of(if len == 0 { 8 } else { LINE_BYTES }));
                 array.fill(1 + (round * lens.len() + i) as u64);
                 arrays.push(array);
             }
@@ -167,6 +167,37 @@ mod tests {
         marks.dedup();
         assert_eq!(marks.len(), arrays.iter().filter(|array| !array.is_empty()).count());
         std::thread::spawn(move || drop(arrays)).join().unwrap();
+    }
+
+    /// The flags of the map that an address lies in, as Linux lists them.
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn flags_of_map(address: usize) -> String {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let holds = |line: &str| {
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            let [start, end] = [start, end].map(|text| usize::from_str_radix(text, 16));
+            Some((start.ok()?..end.ok()?).contains(&address))
+        };
+        let map = maps.lines().skip_while(|line| holds(line) != Some(true));
+        map.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap().to_owned()
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn pages_are_asked_of_the_system() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            println!("SKIPPED: this system has no huge pages to ask for");
+            return;
+        }
+        for (pages, flag) in [(Pages::Huge, "hg"), (Pages::Small, "nh")] {
+            let arena = Arena::new(pages);
+            // In a shared map, and in one of its own.
+            for len in [100, LARGE] {
+                let array = arena.zeros::<u8>(len).unwrap();
+                let flags = flags_of_map(array.as_ptr().addr());
+                assert!(flags.split_whitespace().any(|found| found == flag), "{pages:?} {len}: {flags}");
+            }
+        }
     }
 
     #[test]

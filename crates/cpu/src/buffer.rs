@@ -6,10 +6,7 @@ use marlin_formats::DType;
 use marlin_ops::{OpError, Result, Tensor};
 
 use crate::Cpu;
-use crate::simd::{Kernel, LANES, Level, Simd};
-
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
+use crate::simd::{Kernel, LANES, LINE_BYTES, Level, Simd};
 
 /// Storage of a tensor in host memory.
 pub enum Buffer {

@@ -152,22 +152,18 @@ impl PackedWeight {
 
     /// Addresses of the large arrays that products read, from tile `tile` on.
     pub(crate) fn addresses(&self, tile: usize) -> [Range<usize>; 3] {
-        let arrays = match &self.values {
-            Values::F32(lines) => [addresses(lines), 0..0, 0..0],
-            Values::F16(lines) | Values::BF16(lines) => [addresses(lines), 0..0, 0..0],
+        let line = tile * self.in_features;
+        match &self.values {
+            Values::F32(lines) => [addresses(&lines[line..]), 0..0, 0..0],
+            Values::F16(lines) | Values::BF16(lines) => [addresses(&lines[line..]), 0..0, 0..0],
             Values::Quantized(q) => {
-                let shifts = q.shifts.as_ref().map_or(0..0, Scales::addresses);
-                [addresses(&q.codes), q.scales.addresses(), shifts]
+                let group = tile * q.groups;
+                let shifts = q.shifts.as_ref().map_or(0..0, |shifts| shifts.addresses(group));
+                [addresses(&q.codes[tile * q.code_rows..]), q.scales.addresses(group), shifts]
             }
-            Values::Exl3(q) => [addresses(q.words_from(0)), 0..0, 0..0],
-            Values::Grid(q) => [addresses(&q.codes), addresses(&q.scales), 0..0],
-        };
-        let tiles = match &self.values {
-            Values::Exl3(q) => q.svh.len() / LANES,
-            _ => self.tiles(),
-        };
-        let tiles = tiles.max(1);
-        arrays.map(|array| array.start + array.len() / tiles * tile.min(tiles)..array.end)
+            Values::Exl3(q) => [addresses(q.words_from(tile)), 0..0, 0..0],
+            Values::Grid(q) => [addresses(q.codes_from(tile)), addresses(&q.scales[tile * q.groups..]), 0..0],
+        }
     }
 
     /// Tiles of sixteen output columns.
@@ -299,12 +295,12 @@ impl Scales {
         }
     }
 
-    /// Addresses of the numbers of the groups.
-    fn addresses(&self) -> Range<usize> {
+    /// Addresses of the numbers of the groups from group line `line` on.
+    fn addresses(&self, line: usize) -> Range<usize> {
         match self {
-            Scales::F16(lines) => addresses(lines),
-            Scales::F32(lines) => addresses(lines),
-            Scales::Byte { bytes, .. } | Scales::TwoLevel { bytes, .. } => addresses(bytes),
+            Scales::F16(lines) => addresses(&lines[line..]),
+            Scales::F32(lines) => addresses(&lines[line..]),
+            Scales::Byte { bytes, .. } | Scales::TwoLevel { bytes, .. } => addresses(&bytes[line..]),
         }
     }
 

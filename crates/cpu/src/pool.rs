@@ -30,7 +30,7 @@ pub(crate) struct Pool {
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Multiplications that are worth sharing: some microseconds.
-pub(crate) const LEAST_WORK: usize = 1 << 19;
+const LEAST_WORK: usize = 1 << 19;
 
 /// Stretches that chunks are handed out from: threads go through neighbouring chunks in order, as memory likes it.
 const STRETCHES: usize = 16;

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::flash::{CacheRows, Query, TILE, TileRow, Visible, divide_by_sum, first_state, probabilities};
 use crate::buffer::{Floats, prefetch};
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, LINE_BYTES, Simd};
 
 /// Most heads of a group.
 pub(super) const MAX_HEADS: usize = 8;
@@ -96,7 +96,7 @@ impl<'a, T> Fetch<'a, T> {
     }
 
     /// Elements of a cache line.
-    const PER_LINE: usize = 64 / size_of::<T>();
+    const PER_LINE: usize = LINE_BYTES / size_of::<T>();
 
     #[inline(always)]
     fn step<S: Simd>(&mut self, s: S) {

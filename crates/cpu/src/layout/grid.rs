@@ -19,7 +19,7 @@ pub(crate) struct Grid {
     code_rows: usize,
     /// Lines of scales per tile.
     pub(crate) groups: usize,
-    pub(super) codes: Array<Line<u32>>,
+    codes: Array<Line<u32>>,
     pub(crate) scales: Array<Line<f32>>,
     /// By code; bits above those of a code do not matter.
     pub(crate) levels: Box<[f32; 256]>,
@@ -47,7 +47,12 @@ impl Grid {
 
     /// Lines of codes of a tile.
     pub(crate) fn tile_codes(&self, tile: usize) -> &[Line<u32>] {
-        &self.codes[tile * self.code_rows..][..self.code_rows]
+        &self.codes_from(tile)[..self.code_rows]
+    }
+
+    /// Lines of codes from a tile to the last.
+    pub(super) fn codes_from(&self, tile: usize) -> &[Line<u32>] {
+        &self.codes[tile * self.code_rows..]
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {

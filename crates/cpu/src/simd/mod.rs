@@ -1,5 +1,5 @@
-//! Sixteen-lane vectors behind one trait. A kernel is written once against [`Simd`] and
-//! compiled for every instruction set; [`Level::run`] enters it with the target features switched on.
+//! Sixteen-lane vectors behind one trait. A kernel is written once against [`Simd`] and compiled for every instruction
+//! set; [`Level::run`] enters it with the target features switched on.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,6 +20,9 @@ use trellis::TrellisRow;
 
 /// Lanes of every vector: output columns of a weight tile.
 pub(crate) const LANES: usize = 16;
+
+/// Bytes of a cache line.
+pub(crate) const LINE_BYTES: usize = 64;
 
 /// One cache line of lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Zeroable)]

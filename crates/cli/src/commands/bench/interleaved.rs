@@ -36,7 +36,7 @@ impl Turn {
 /// One turn of decoding.
 struct Round {
     bytes_per_s: f64,
-    /// Means of the plain reads before and after it: of memory as weights have it, and of small pages.
+    /// Means of the plain reads before and after it, by [`Pages`].
     plain_bytes_per_s: [f64; 2],
 }
 
@@ -47,7 +47,8 @@ pub struct Interleaved {
 }
 
 impl Interleaved {
-    /// Reads, of huge pages and of small ones, and decodes in turn: `decode` gets the number of each round and returns the tokens it decoded and their time.
+    /// Reads and decodes in turn. `reads` go through the kinds of [`Pages`] in their order; `decode` gets the number of
+    /// each round and returns the tokens it decoded and their time.
     pub fn measure(
         turn: Turn,
         rounds: usize,
