@@ -135,6 +135,9 @@ fn table() -> Vec<MlaCase> {
         for (queries, kv_len) in [(1, 1), (1, 63), (1, 65), (1, 300), (2, 2), (5, 5), (5, 40), (33, 33), (130, 150)] {
             table.push(MlaCase { dtype, ..base(queries, kv_len) });
         }
+        // Over the borders of parts in which keys may be taken.
+        table.push(MlaCase { dtype, ..base(1, 513) });
+        table.push(MlaCase { dtype, kv_len: vec![258, 7, 256], ..base(3, 1) });
         table.push(MlaCase { dtype, kv_len: vec![40, 7], ..base(3, 1) });
         table.push(MlaCase { dtype, kv_len: vec![1, 65, 17], ..base(1, 1) });
     }

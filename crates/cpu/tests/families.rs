@@ -258,6 +258,8 @@ fn attention_does_not_depend_on_the_other_queries() {
 struct Latent {
     prefill: bool,
     queries: usize,
+    /// The first is the longest.
+    kv_len: [usize; 2],
     kv_b: Weight,
     dtype: DType,
 }
@@ -265,10 +267,11 @@ struct Latent {
 impl Computation for Latent {
     fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
         let (h, n, v, r, rope) = (3, 20, 9, 64, 12);
-        let (kv_len, sq) = ([90, 80], self.queries);
+        let (kv_len, sq) = (self.kv_len, self.queries);
+        let capacity = kv_len[0] + 6;
         let q = upload(device, &[2, sq, h, n + rope], &normals(2 * sq * h * (n + rope), 1))?;
-        let rows = normals(2 * 96 * (r + rope), 2);
-        let cache = upload_as(device, self.dtype, &[2, 96, r + rope], &rows)?;
+        let rows = normals(2 * capacity * (r + rope), 2);
+        let cache = upload_as(device, self.dtype, &[2, capacity, r + rope], &rows)?;
         let kv_b = Linear::new(device, self.kv_b.clone())?;
         let mut out = poisoned(device, &[2, sq, h, v])?;
         let args = MlaAttentionArgs {
@@ -294,11 +297,15 @@ impl Computation for Latent {
 fn latent_attention() {
     let dense = HostTensor::from_f32(&[87, 64], &normals(87 * 64, 3)).unwrap();
     for kv_b in [Weight::dense(dense).unwrap(), quantized(Format::Int4S4, 87, 64, 3)] {
-        for (prefill, queries, dtype) in
-            [(true, 70, DType::F32), (true, 1, DType::BF16), (false, 1, DType::F16), (false, 5, DType::F32)]
-        {
+        for (prefill, queries, kv_len, dtype) in [
+            (true, 70, [90, 80], DType::F32),
+            (true, 1, [90, 80], DType::BF16),
+            (false, 1, [90, 80], DType::F16),
+            (false, 5, [90, 80], DType::F32),
+            (false, 3, [600, 257], DType::F16),
+        ] {
             let kv_b = kv_b.clone();
-            let case = Latent { prefill, queries, kv_b, dtype };
+            let case = Latent { prefill, queries, kv_len, kv_b, dtype };
             // Also in fast mode kv_b takes f32 activations.
             for exact in [true, false] {
                 check(&case, exact, 3e-6, &format!("prefill {prefill} queries {queries}"));

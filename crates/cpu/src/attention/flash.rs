@@ -57,8 +57,15 @@ pub(super) struct Flash<'a, 'b> {
     pub(super) scratch: &'b mut [f32],
     /// `[rows, value width padded]`; what lies in the padding is unspecified.
     pub(super) out: &'b mut [f32],
-    /// Whether a query saw a key or a sink; the output of the others is 0.
-    pub(super) seen: &'b mut [bool],
+    pub(super) ending: Ending<'b>,
+}
+
+/// How [`Flash`] ends.
+pub(super) enum Ending<'b> {
+    /// Sums are divided by their denominators. Says whether a query saw a key or a sink; the output of the others is 0.
+    Divided { seen: &'b mut [bool] },
+    /// Sums stay relative to their maximum. Gives that, and the denominator.
+    Partial { states: &'b mut [[f32; 2]] },
 }
 
 /// A row of a tile.
@@ -170,8 +177,15 @@ impl Kernel for Flash<'_, '_> {
             }
             add_values(s, &work, value_width, self.out);
         }
-        for (r, &mut [_, sum]) in work.states.iter_mut().enumerate() {
-            self.seen[r] = divide_by_sum(sum, &mut self.out[r * value_width..(r + 1) * value_width]);
+        match self.ending {
+            Ending::Divided { seen } => {
+                for ((seen, [_, sum]), out) in
+                    seen.iter_mut().zip(work.states).zip(self.out.chunks_exact_mut(value_width))
+                {
+                    *seen = divide_by_sum(*sum, out);
+                }
+            }
+            Ending::Partial { states } => states.copy_from_slice(work.states),
         }
     }
 }
@@ -328,11 +342,14 @@ fn add_products<S: Simd, const R: usize>(
     }
 }
 
+/// Rows of the largest register block.
+pub(super) const ROW_STEP: usize = 6;
+
 /// Rows that fit the registers, of `left`.
 #[inline(always)]
 fn row_block<S: Simd>(left: usize) -> usize {
     match left {
-        6.. if S::WIDE => 6,
+        ROW_STEP.. if S::WIDE => ROW_STEP,
         2.. if S::WIDE => 2,
         _ => 1,
     }
@@ -350,7 +367,7 @@ fn score<S: Simd>(s: S, q: &[f32], queries: &[Query<'_>], j0: usize, work: &mut 
         let scores = work.scores[r..r + block].as_flattened_mut();
         scores.fill(0.0);
         match block {
-            6 => add_products::<S, 6>(s, vectors, q, work.keys, (scores, TILE)),
+            ROW_STEP => add_products::<S, ROW_STEP>(s, vectors, q, work.keys, (scores, TILE)),
             2 => add_products::<S, 2>(s, vectors, q, work.keys, (scores, TILE)),
             _ => add_products::<S, 1>(s, vectors, q, work.keys, (scores, TILE)),
         }
@@ -447,7 +464,7 @@ fn add_values<S: Simd>(s: S, work: &Workspace<'_>, value_width: usize, out: &mut
                 add_blocks::<S, 1>(s, work, r + i, v.lo..lo, out);
             }
             match block {
-                6 => add_blocks::<S, 6>(s, work, r, lo..hi, out),
+                ROW_STEP => add_blocks::<S, ROW_STEP>(s, work, r, lo..hi, out),
                 2 => add_blocks::<S, 2>(s, work, r, lo..hi, out),
                 _ => add_blocks::<S, 1>(s, work, r, lo..hi, out),
             }

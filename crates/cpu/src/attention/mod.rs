@@ -13,7 +13,7 @@ use marlin_ops::attention::{
 };
 use marlin_ops::{AttentionOps, Result};
 
-use self::flash::{CacheRows, Flash, MAX_ROWS, Query, padded};
+use self::flash::{CacheRows, Ending, Flash, MAX_ROWS, Query, padded};
 use self::single_query::{MAX_HEADS, SingleQuery, is_key_width};
 use crate::Cpu;
 use crate::buffer::{Floats, FloatsMut, f32s, f32s_mut, optional_f32s};
@@ -181,7 +181,7 @@ impl<'a> Attention<'a> {
                 softcap: self.softcap,
                 scratch: &mut scratch,
                 out: &mut out[part.start * value_width..part.end * value_width],
-                seen: &mut seen[..part.len()],
+                ending: Ending::Divided { seen: &mut seen[..part.len()] },
             });
             for (seen, r) in seen.iter().zip(part) {
                 if !seen {

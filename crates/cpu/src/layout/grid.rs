@@ -51,7 +51,7 @@ impl Grid {
     }
 
     /// Lines of codes from a tile to the last.
-    pub(super) fn codes_from(&self, tile: usize) -> &[Line<u32>] {
+    pub(crate) fn codes_from(&self, tile: usize) -> &[Line<u32>] {
         &self.codes[tile * self.code_rows..]
     }
 

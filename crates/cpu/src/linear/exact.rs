@@ -1,10 +1,13 @@
 //! Tiles times f32 activations.
 
-use crate::layout::PackedWeight;
-use crate::simd::{Line, Simd};
+use crate::layout::{PackedWeight, Values};
+use crate::simd::{Kernel, Line, Simd};
 
 use super::Rows;
-use super::decode::{PANEL, decode_panel};
+use super::decode::{PANEL, QUAD, Quads, decode_panel, for_quads};
+
+/// Every format's units divide this many input features.
+const UNITS: usize = 32;
 
 /// `acc[r][lane] = sum_k x[r][k] w[k][lane]` for the rows of `x`; each panel of K gives a partial sum of its own.
 #[inline(always)]
@@ -20,6 +23,12 @@ pub(super) fn multiply<S: Simd>(
     let features = weight.stored_features();
     for k0 in (0..features).step_by(PANEL) {
         let count = PANEL.min(features - k0);
+        if let ([acc], false) = (&mut *acc, matches!(weight.values, Values::Exl3(_)))
+            && count.is_multiple_of(UNITS)
+        {
+            s.outlined(OneRow { weight, tile, k0, x: &x.row(0)[k0..k0 + count], acc });
+            continue;
+        }
         decode_panel(s, weight, tile, k0, count, panel);
         let panel = &panel[..count];
         let mut r = 0;
@@ -45,6 +54,60 @@ pub(super) fn multiply<S: Simd>(
             }
         }
     }
+}
+
+/// One row of a panel straight from the codes, in the chains of [`add_rows`], whose result it has.
+struct OneRow<'a> {
+    weight: &'a PackedWeight,
+    tile: usize,
+    k0: usize,
+    x: &'a [f32],
+    acc: &'a mut Line<f32>,
+}
+
+impl Kernel for OneRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if S::WIDE { self.add::<S, 4>(s) } else { self.add::<S, 2>(s) }
+    }
+}
+
+impl OneRow<'_> {
+    #[inline(always)]
+    fn add<S: Simd, const CHAINS: usize>(self, s: S) {
+        let Self { weight, tile, k0, x, acc } = self;
+        let mut chains = Chains { x: x.as_chunks().0, sums: [s.splat(0.0); CHAINS] };
+        for_quads(s, weight, tile, k0, x.len(), &mut chains);
+        add_chains(s, chains.sums, acc);
+    }
+}
+
+/// Sums of a row, feature k in chain `k % CHAINS`.
+struct Chains<'a, S: Simd, const CHAINS: usize> {
+    x: &'a [[f32; QUAD]],
+    sums: [S::F; CHAINS],
+}
+
+impl<S: Simd, const CHAINS: usize> Quads<S> for Chains<'_, S, CHAINS> {
+    #[inline(always)]
+    fn take(&mut self, s: S, at: usize, lines: [S::F; QUAD]) {
+        for ((i, line), &x) in lines.into_iter().enumerate().zip(&self.x[at / QUAD]) {
+            let sum = &mut self.sums[i % CHAINS];
+            *sum = s.fma(s.splat(x), line, *sum);
+        }
+    }
+}
+
+/// Adds the chains of a panel up, then to `acc`.
+#[inline(always)]
+fn add_chains<S: Simd, const CHAINS: usize>(s: S, sums: [S::F; CHAINS], acc: &mut Line<f32>) {
+    let mut total = sums[0];
+    for &sum in &sums[1..] {
+        total = s.add(total, sum);
+    }
+    s.store(s.add(s.load(&acc.0), total), &mut acc.0);
 }
 
 /// Rows `r .. r + R` of one panel. Each row sums in `CHAINS` interleaved chains whatever R is, so that a row's result
@@ -79,11 +142,7 @@ fn add_rows<S: Simd, const R: usize, const CHAINS: usize>(
             sums[c] = s.fma(s.splat(row[done + c]), w, sums[c]);
         }
     }
-    for (sums, acc) in sums.iter().zip(&mut acc[r..r + R]) {
-        let mut total = sums[0];
-        for &sum in &sums[1..] {
-            total = s.add(total, sum);
-        }
-        s.store(s.add(s.load(&acc.0), total), &mut acc.0);
+    for (sums, acc) in sums.into_iter().zip(&mut acc[r..r + R]) {
+        add_chains(s, sums, acc);
     }
 }
