@@ -17,7 +17,7 @@ use std::ops::Range;
 use bytemuck::Zeroable;
 use half::f16;
 use marlin_formats::pack::Layout;
-use marlin_formats::{DType, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift, load_f32};
+use marlin_formats::{DType, Levels, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift, load_f32};
 use marlin_ops::activation::ACTIVATION_BLOCK;
 use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
 
@@ -76,8 +76,28 @@ pub(crate) struct Quantized {
     pub(crate) shifts: Option<Scales>,
     /// Value of a code at zero point 0, by its low four bits; formats of at most four bits.
     pub(crate) levels: [f32; LANES],
-    /// Value of each byte; 8-bit floats only.
-    pub(crate) byte_levels: Option<Box<[f32; 256]>>,
+    /// How bytes become levels; 8-bit floats only.
+    pub(crate) byte_floats: Option<ByteFloats>,
+}
+
+/// How 8-bit floats become levels.
+pub(crate) enum ByteFloats {
+    /// All are finite: their bits are those of an f32 with another exponent bias.
+    Finite,
+    /// Some are not: the value of each byte.
+    Table(Box<[f32; 256]>),
+}
+
+impl ByteFloats {
+    fn new(matrix: &QuantizedMatrix) -> Option<Self> {
+        let format = matrix.scheme.format;
+        if !matches!(format.levels(), Levels::E4m3 | Levels::E5m2) {
+            return None;
+        }
+        let table: [f32; 256] = std::array::from_fn(|code| format.value(code as u8, 0.0));
+        let is_finite = |word: &u32| word.to_le_bytes().into_iter().all(|code| table[usize::from(code)].is_finite());
+        Some(if matrix.codes.iter().all(is_finite) { Self::Finite } else { Self::Table(Box::new(table)) })
+    }
 }
 
 /// Group scales, zero points or offsets.
@@ -409,8 +429,7 @@ fn pack_quantized(cpu: &Cpu, matrix: &QuantizedMatrix) -> Result<Quantized> {
             }
         },
         levels: std::array::from_fn(|i| format.value((i as u32 & mask) as u8, 0.0)),
-        byte_levels: (format.layout() == Layout::Bits8)
-            .then(|| Box::new(std::array::from_fn(|i| format.value(i as u8, 0.0)))),
+        byte_floats: ByteFloats::new(matrix),
     })
 }
 

@@ -5,7 +5,7 @@ use marlin_formats::pack::Layout;
 
 use super::exl3;
 use crate::layout::grid::Grid;
-use crate::layout::{PackedWeight, Quantized, Scales, Values, high_position};
+use crate::layout::{ByteFloats, PackedWeight, Quantized, Scales, Values, high_position};
 use crate::simd::{Kernel, LANES, LINE_BYTES, Line, Simd};
 
 /// Input features decoded at once: a panel of this many lines stays in the first-level cache.
@@ -239,10 +239,12 @@ fn decode_quantized<S: Simd, const SHIFT: u8>(
             Layout::Planar6 => decode_planar::<S, SHIFT, 3, 16>(s, layout, codes, &groups, out, |s, code| {
                 s.sub(s.to_f32(code), s.splat(middle(q)))
             }),
-            Layout::Bits8 => match (q.scheme.format.levels(), &q.byte_levels) {
-                (Levels::E4m3 | Levels::E5m2, Some(table)) => {
+            Layout::Bits8 => match (q.scheme.format.levels(), &q.byte_floats) {
+                (_, Some(ByteFloats::Table(table))) => {
                     decode_bytes::<S, SHIFT>(s, codes, &first, out, |s, word, i| s.lut256(table, s.shr(word, 8 * i)));
                 }
+                (Levels::E4m3, _) => decode_bytes::<S, SHIFT>(s, codes, &first, out, byte_float::<S, 4>),
+                (Levels::E5m2, _) => decode_bytes::<S, SHIFT>(s, codes, &first, out, byte_float::<S, 5>),
                 (Levels::Minus { .. }, _) => decode_bytes::<S, SHIFT>(s, codes, &first, out, |s, word, i| {
                     s.to_f32(s.and(s.shr(word, 8 * i), s.splat_i(255)))
                 }),
@@ -253,6 +255,21 @@ fn decode_quantized<S: Simd, const SHIFT: u8>(
         }
         k = stop;
     }
+}
+
+/// Bits of the exponent of an f32.
+const EXPONENT_BITS: u32 = 8;
+
+/// The value of byte `i` of a word, a finite float with `EXPONENT` bits of exponent.
+#[inline(always)]
+fn byte_float<S: Simd, const EXPONENT: u32>(s: S, word: S::I, i: u32) -> S::F {
+    // To the exponent and the upper mantissa of an f32; copies of the sign and other bytes are cleared.
+    let shift = const { EXPONENT_BITS - EXPONENT };
+    let spread = s.sar(s.shl(word, 24 - 8 * i), shift);
+    let bits = s.and(spread, s.splat_i(i32::MIN | 0x7F << (24 - shift)));
+    // Exact, subnormal bytes included.
+    let bias = (1 << (EXPONENT - 1)) - 1;
+    s.mul(s.bits_to_f32(bits), s.splat(f32::from_bits((127 + 127 - bias) << 23)))
 }
 
 /// As [`decode_quantized`]; groups are multiples of all units.
@@ -362,8 +379,8 @@ fn decode_planar<S: Simd, const SHIFT: u8, const WORDS: usize, const CODES: usiz
             s.prefetch(codes.lines, WORDS * u + w + LINES_AHEAD);
         }
         let high = s.load_i(&words[WORDS - 1].0);
-        for w in 0..WORDS - 1 {
-            let mut low = s.load_i(&words[w].0);
+        for (w, word) in words[..WORDS - 1].iter().enumerate() {
+            let mut low = s.load_i(&word.0);
             for quad in 0..per_word / QUAD {
                 let first = w * per_word + QUAD * quad;
                 let mut lines = [s.splat(0.0); QUAD];
