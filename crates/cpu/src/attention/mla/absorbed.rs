@@ -35,16 +35,25 @@ struct Split {
 }
 
 impl Split {
-    /// The blocks of rows with which `threads` are done first.
-    fn new(rows: usize, keys: usize, batch: usize, threads: usize, width: usize) -> Self {
+    /// The ways to split `rows`.
+    fn all(rows: usize, keys: usize, width: usize) -> [Self; MOST_ROWS / ROW_STEP] {
         let parts = keys.div_ceil(PART_KEYS);
-        let time = |block: usize| {
-            let tasks = batch * parts * rows.div_ceil(block);
-            tasks.div_ceil(threads) * (block.min(rows).next_multiple_of(ROW_STEP) + LOAD_ROWS)
+        std::array::from_fn(|i| Self { rows, block: ((i + 1) * ROW_STEP).min(rows.max(1)), parts, width })
+    }
+
+    /// The way with which `threads` are done first.
+    fn fastest(rows: usize, keys: usize, width: usize, batch: usize, threads: usize) -> Self {
+        let all = Self::all(rows, keys, width);
+        let time = |split: &&Self| {
+            let rounds = (batch * split.tasks()).div_ceil(threads);
+            rounds * (split.block.next_multiple_of(ROW_STEP) + LOAD_ROWS)
         };
-        let blocks = (ROW_STEP..=MOST_ROWS).step_by(ROW_STEP);
-        let block = blocks.min_by_key(|&block| time(block)).unwrap_or(ROW_STEP).min(rows.max(1));
-        Self { rows, block, parts, width }
+        *all.iter().min_by_key(time).unwrap_or(&all[0])
+    }
+
+    /// Most floats of a sequence with so many keys.
+    fn most(rows: usize, keys: usize, width: usize) -> usize {
+        Self::all(rows, keys, width).iter().map(Self::len).max().unwrap_or(0)
     }
 
     fn blocks(&self) -> usize {
@@ -59,6 +68,11 @@ impl Split {
     /// Tasks of a sequence.
     fn tasks(&self) -> usize {
         self.parts * self.blocks()
+    }
+
+    /// Floats of a sequence.
+    fn len(&self) -> usize {
+        self.tasks() * self.task_len()
     }
 
     /// Sequence, part and rows of a task.
@@ -98,19 +112,22 @@ impl Mla<'_> {
             }
         };
         cpu.pool.for_parts(projection, &mut absorbed, per_head, |h| reads(h * head_width), absorb);
+        let (split_rows, width) = (d.queries * d.heads, padded(d.rank));
         let longest = self.kv_len.iter().copied().max().unwrap_or(0);
-        let split = Split::new(d.queries * d.heads, longest, d.batch, cpu.pool.threads(), padded(d.rank));
-        let mut partial = cpu.workspace.floats.take(d.batch * split.tasks() * split.task_len());
+        let split = Split::fastest(split_rows, longest, width, d.batch, cpu.pool.threads());
+        // Room for a full cache: with what the keys of this call need, every few tokens would allocate.
+        let mut partial = cpu.workspace.floats.take(d.batch * Split::most(split_rows, d.capacity, width));
+        let partial = &mut partial[..d.batch * split.len()];
         let keys: usize = self.kv_len.iter().sum();
         let work = keys * d.queries * d.heads * (2 * d.rank + d.rope);
-        cpu.pool.for_chunks_of(work, &mut partial, split.task_len(), |task, out| {
+        cpu.pool.for_chunks_of(work, partial, split.task_len(), |task, out| {
             self.attend(&split, task, &absorbed, out);
         });
         let empty = EmptyRows::new();
         let mut heads = cpu.workspace.floats.take(d.heads * rows * d.value);
         let project = |first: usize, out: &mut [f32]| {
             for (h, out) in (first..).zip(out.chunks_exact_mut(rows * d.value)) {
-                self.project_values(h, &split, &partial, out, &empty);
+                self.project_values(h, &split, partial, out, &empty);
             }
         };
         cpu.pool.for_parts(projection, &mut heads, rows * d.value, |h| reads(h * head_width + d.nope), project);
