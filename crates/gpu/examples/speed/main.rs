@@ -74,17 +74,21 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let (mut json, mut only) = (None, None);
+    let (mut json, mut only, mut rows) = (None, None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = Some(arguments.next().context("--json needs a file")?),
             "--format" => only = Some(arguments.next().context("--format needs a part of a name")?),
-            other => bail!("unknown argument {other}; known: --json FILE, --format TEXT"),
+            "--rows" => rows = Some(parse_rows(&arguments.next().context("--rows needs numbers")?)?),
+            other => bail!("unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...]"),
         }
     }
     if let Some(name) = only {
-        return run_some(&name);
+        return run_some(&name, rows.as_deref().unwrap_or(&[1, 2, 4, 8, 16, 64, 512, 4096]));
+    }
+    if rows.is_some() {
+        bail!("--rows needs --format");
     }
     let report = run()?;
     if let Some(file) = json {
@@ -93,21 +97,27 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+fn parse_rows(list: &str) -> Result<Vec<usize>> {
+    let row = |m: &str| match m.parse() {
+        Ok(m @ 1..) => Ok(m),
+        _ => bail!("--rows: {m} is no number of rows"),
+    };
+    list.split(',').map(row).collect()
+}
+
 /// The products of the formats whose names contain `name`.
-fn run_some(name: &str) -> Result<()> {
+fn run_some(name: &str, rows: &[usize]) -> Result<()> {
     let bench = Bench::new()?;
     let copy = bench.copy_rate()?;
     println!("copy {:.0} GB/s\n\n{HEADER}", copy / 1e9);
     for format in FORMATS.into_iter().filter(|format| format.name().contains(name)) {
         for (n, k) in SHAPES {
-            grouped(&bench, copy, format, n, k, &[1])?;
-            grouped(&bench, copy, format, n, k, &ROWS)?;
+            grouped(&bench, copy, format, n, k, rows)?;
         }
     }
     for (name, codebook, bits) in TRELLISES.into_iter().filter(|trellis| trellis.0.contains(name)) {
         for (n, k) in SHAPES {
-            trellis(&bench, copy, (name, codebook, bits), n, k, &[1, 2, 4, 8])?;
-            trellis(&bench, copy, (name, codebook, bits), n, k, &ROWS)?;
+            trellis(&bench, copy, (name, codebook, bits), n, k, rows)?;
         }
     }
     Ok(())

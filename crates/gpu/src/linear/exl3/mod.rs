@@ -4,7 +4,6 @@
 //! range f16 does not have, or on other devices, have f32 operands: a kernel of the format takes few rows and the matrix
 //! kernels more.
 
-mod fragment;
 pub(crate) mod rotate;
 mod rows;
 mod tensor;
@@ -67,24 +66,12 @@ pub(super) fn multiply<R: Runtime>(
         return Err(limit(gpu, operation, format!("an exl3 weight by {kernel:?}")));
     }
     let factors = gpu.factors(product, known)?;
-    let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
     // Rows of bf16 could overflow or vanish in the f16 of the operands.
-    let dtype = product.x.dtype();
-    let on_tensor_cores = tensor::takes(dtype) && tensor::available(gpu);
+    let on_tensor_cores = tensor::takes(product.x.dtype()) && tensor::available(gpu);
     if on_tensor_cores && matches!(kernel, None | Some(LinearKernel::Trellis)) {
-        let plan = tensor::Plan::new(gpu, product, trellis);
-        let partials = gpu.scratch(operation, DType::F32, &[plan.slices, m, n])?;
-        let rotated = match plan.takes_rotated() {
-            true => Some(gpu.scratch(operation, DType::F16, &[m, k])?),
-            false => None,
-        };
-        if let Some(rotated) = &rotated {
-            rotate::input(gpu, product, factors.as_ref(), Channels::Fragment, rotated);
-        }
-        tensor::launch(gpu, product, &plan, rotated.as_ref().map(Tensor::buffer), &partials)?;
-        rotate::output(gpu, product, &partials, plan.slices);
-        return Ok(());
+        return tensor::launch(gpu, product, trellis, factors.as_ref());
     }
+    let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
     let x = gpu.scratch(operation, DType::F32, &[m, k])?;
     rotate::input(gpu, product, factors.as_ref(), Channels::Neighbours, &x);
     match kernel {

@@ -21,7 +21,7 @@ pub(crate) const LANES: usize = 32;
 /// Transforms of a cube.
 pub(crate) const BLOCKS: usize = UNITS as usize / LANES;
 
-/// Most slices whose sums [`rotate_output`] loads at once.
+/// Slices whose sums [`rotate_output`] loads at once.
 const SLICES_AT_ONCE: usize = 8;
 
 /// 1 / sqrt(128).
@@ -35,6 +35,8 @@ pub(crate) enum Channels {
     /// `2 t`, `2 t + 1`, `2 t + 8` and `2 t + 9` of 16-channel tile `lane / 4`, `t = lane % 4`: those that a tensor-core
     /// operand has in one lane.
     Fragment,
+    /// The same, but what a lane has of two neighbouring tiles lies together.
+    FragmentPairs,
 }
 
 impl Channels {
@@ -42,7 +44,7 @@ impl Channels {
     pub(crate) const fn offset(self, i: usize) -> usize {
         match self {
             Self::Neighbours => i,
-            Self::Fragment => i % 2 + i / 2 * 8,
+            Self::Fragment | Self::FragmentPairs => i % 2 + i / 2 * 8,
         }
     }
 }
@@ -52,7 +54,16 @@ impl Channels {
 pub(crate) fn first_channel(lane: usize, #[comptime] channels: Channels) -> usize {
     match comptime!(channels) {
         Channels::Neighbours => lane * 4usize,
-        Channels::Fragment => lane / 4usize * 16usize + lane % 4usize * 2usize,
+        Channels::Fragment | Channels::FragmentPairs => lane / 4usize * 16usize + lane % 4usize * 2usize,
+    }
+}
+
+/// Where the channels of a lane go, of 32 places.
+#[cube]
+fn place(lane: usize, #[comptime] channels: Channels) -> usize {
+    match comptime!(channels) {
+        Channels::Neighbours | Channels::Fragment => lane,
+        Channels::FragmentPairs => lane / 8usize * 8usize + lane % 4usize * 2usize + lane / 4usize % 2usize,
     }
 }
 
@@ -130,7 +141,7 @@ struct InputConfig {
 }
 
 /// `[rows, 128 blocks]` of `had(x * suh)`; x `[rows, k]` is 0 beyond k. [`Channels::Neighbours`]: f32, a vector of four a
-/// lane. [`Channels::Fragment`]: f16, the two words of a lane after each other.
+/// lane. The others: f16, the two words of a lane after each other.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rotate_input<X: Numeric, G: Numeric>(
@@ -169,18 +180,19 @@ fn rotate_input<X: Numeric, G: Numeric>(
     }
     transform(&mut values, c.planes);
     if known {
-        if comptime!(c.channels == Channels::Fragment) {
+        let to = at * LANES + place(lane, c.channels);
+        if comptime!(c.channels != Channels::Neighbours) {
             let mut words = Vector::<u32, Const<2>>::empty();
             words.insert(0usize, pair(values[0], values[1]));
             words.insert(1usize, pair(values[2], values[3]));
-            fragments[at * LANES + lane] = words;
+            fragments[to] = words;
         } else {
             let mut quad = Vector::<f32, Const<4>>::empty();
             #[unroll]
             for i in 0..4usize {
                 quad.insert(i, values[i]);
             }
-            out[at * LANES + lane] = quad;
+            out[to] = quad;
         }
     }
 }
@@ -190,7 +202,6 @@ fn rotate_input<X: Numeric, G: Numeric>(
 struct OutputConfig {
     epilogue: Epilogue,
     planes: bool,
-    /// Few slices are loaded at once; 0 for more, one after the other.
     slices: usize,
 }
 
@@ -207,7 +218,6 @@ fn rotate_output<H: Numeric, O: Numeric>(
     rows: u32,
     n: u32,
     blocks: u32,
-    slices: u32,
     flags: u32,
     out_scale: f32,
     #[comptime] c: OutputConfig,
@@ -227,19 +237,18 @@ fn rotate_output<H: Numeric, O: Numeric>(
         scales[i] = f32::cast_from(svh[first_column + i]);
     }
     let mut quad = partials[from];
-    if comptime!(c.slices > 0) {
+    #[unroll]
+    for group in 0..comptime!((c.slices - 1).div_ceil(SLICES_AT_ONCE)) {
+        let begin = comptime!(1 + group * SLICES_AT_ONCE);
+        let count = comptime!(SLICES_AT_ONCE.min(c.slices - begin));
         let mut parts = Sequence::<Vector<f32, Const<4>>>::new();
         #[unroll]
-        for slice in 1..c.slices {
-            parts.push(partials[slice * (rows * blocks * LANES) + from]);
+        for i in 0..count {
+            parts.push(partials[comptime!(begin + i) * (rows * blocks * LANES) + from]);
         }
         #[unroll]
-        for part in 0..comptime!(c.slices - 1) {
-            quad += *parts.index(part);
-        }
-    } else {
-        for slice in 1..slices as usize {
-            quad += partials[slice * (rows * blocks * LANES) + from];
+        for i in 0..count {
+            quad += *parts.index(i);
         }
     }
     let mut values = Array::<f32>::new(4usize);
@@ -274,7 +283,7 @@ pub(super) fn input<R: Runtime>(
     let vectors = m * blocks * LANES;
     let (quads, fragments) = match channels {
         Channels::Neighbours => (out.buffer().arg(vectors), gpu.unread()),
-        Channels::Fragment => (gpu.unread(), out.buffer().arg(vectors)),
+        Channels::Fragment | Channels::FragmentPairs => (gpu.unread(), out.buffer().arg(vectors)),
     };
     // SAFETY: x holds m rows of k, suh K padded, out a vector for each lane of m rows of blocks; the kernel compares rows
     // and features with m and k.
@@ -303,8 +312,7 @@ pub(super) fn input<R: Runtime>(
 pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partials: &Tensor<Gpu<R>>, slices: usize) {
     let (m, n) = (product.x.rows(), product.weight.out_features);
     let blocks = product.weight.padded_out() / HADAMARD;
-    let at_once = if slices <= SLICES_AT_ONCE { slices } else { 0 };
-    let config = OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), slices: at_once };
+    let config = OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), slices };
     let [_, _, _, h, o] = product.elements();
     // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, svh N padded, out m rows of n; the
     // kernel compares rows and columns with m and n.
@@ -321,7 +329,6 @@ pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partial
             m as u32,
             n as u32,
             blocks as u32,
-            slices as u32,
             product.flags(),
             product.out_scale,
             config,

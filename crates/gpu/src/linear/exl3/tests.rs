@@ -134,6 +134,7 @@ fn every_kernel_agrees() {
             (9, None, DType::F32),
             (3, None, DType::BF16),
             (20, None, DType::F16),
+            (260, None, DType::F16),
             (3, Some(LinearKernel::SplitK { tile, splits: 3 }), DType::F32),
         ] {
             let shape = [m, 200, 300];
@@ -151,8 +152,8 @@ fn every_kernel_agrees() {
             compared += 1;
         }
     }
-    // One of every rate and codebook, six more of every rate of one codebook and of one rate of the others.
-    assert_eq!(compared, 24 + 6 * 8 + 6 * 2);
+    // One of every rate and codebook, seven more of every rate of one codebook and of one rate of the others.
+    assert_eq!(compared, 24 + 7 * 8 + 7 * 2);
 }
 
 #[test]
@@ -187,12 +188,15 @@ fn kernels_of_other_formats_are_refused() {
 #[test]
 fn long_rows_are_cut_into_slices() {
     let gpu = gpu();
-    let host = weight(Codebook::Mul1, 3, 128, 4096, 13);
-    for m in [1, 2, 5] {
-        let found = layer(&gpu, [m, 128, 4096], &host, DType::F16, |d, args| d.linear(args));
-        let expected = layer(&Oracle::new(), [m, 128, 4096], &host, DType::F16, |d, args| d.linear(args));
-        let error = relative_norm(&found, &expected);
-        assert!(error < bound(&gpu, None, DType::F16), "{m}: {error:e}");
+    let k = 4096;
+    for (n, rows) in [(128, &[1, 2, 5, 16, 30, 60, 120, 260][..]), (256, &[260])] {
+        let host = weight(Codebook::Mul1, 3, n, k, 13);
+        for &m in rows {
+            let found = layer(&gpu, [m, n, k], &host, DType::F16, |d, args| d.linear(args));
+            let expected = layer(&Oracle::new(), [m, n, k], &host, DType::F16, |d, args| d.linear(args));
+            let error = relative_norm(&found, &expected);
+            assert!(error < bound(&gpu, None, DType::F16), "{m} {n}: {error:e}");
+        }
     }
 }
 
@@ -254,31 +258,42 @@ fn errors_are_those_of_the_format() {
     }
 }
 
+/// `[m, k]` rows with a single 1 each, at the `place` of channel `row % k`.
+#[cfg(feature = "cuda")]
+fn unit_rows(gpu: &crate::Cuda, m: usize, k: usize, place: impl Fn(usize) -> usize) -> CudaTensor {
+    let mut rows = vec![0.0; m * k];
+    for row in 0..m {
+        rows[row * k + place(row % k)] = 1.0;
+    }
+    gpu.upload(&HostTensor::from_f32_as(DType::F16, &[m, k], &rows).unwrap()).unwrap()
+}
+
+#[cfg(feature = "cuda")]
+type CudaTensor = marlin_ops::Tensor<crate::Cuda>;
+
 /// Rows with a single 1 after the rotation give the decoded weights, each exactly.
 #[cfg(feature = "cuda")]
 #[test]
 fn tensor_cores_decode_exactly() {
+    use super::tensor::{rows, tile};
     use crate::linear::operands::{Combine, Product};
     let gpu = gpu();
-    let (n, k) = (128, 256);
+    let (n, k) = (512, 256);
     for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
         let matrix = matrix(codebook, bits, n, k, 41);
         let expected = matrix.inner().unwrap();
         let trellis = crate::decode::Trellis { bits: bits as usize, codebook };
         let linear = Linear::new(&gpu, Weight::exl3(matrix).unwrap()).unwrap();
-        for m in [k, 8, 3] {
+        // Decoded before, with their rows, and by planes that share rows; other numbers of rows of one rate.
+        let counts = [k + 1, 50, 8, 100, 20, 3];
+        for &m in if bits == 3 { &counts[..] } else { &counts[..3] } {
             // Of each tile of 16 channels, lane t has channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-            let mut rows = vec![0.0; m * k];
-            for row in 0..m {
-                let (tile, channel) = (row / 16, row % 16);
-                let place = channel % 8 / 2 * 4 + channel / 8 * 2 + channel % 2;
-                rows[row * k + tile * 16 + place] = 1.0;
-            }
-            let x = gpu.upload(&HostTensor::from_f32_as(DType::F16, &[m, k], &rows).unwrap()).unwrap();
+            let lane = |channel: usize| channel % 8 / 2;
+            let own = |channel: usize| channel % 16 / 8 * 2 + channel % 2;
             let out = gpu.zeros(DType::F16, &[m, n]).unwrap();
-            let product = Product {
+            let product = |x| Product {
                 operation: "linear",
-                x: &x,
+                x,
                 norm: None,
                 weight: linear.data(),
                 up: None,
@@ -287,14 +302,38 @@ fn tensor_cores_decode_exactly() {
                 combine: Combine::Nothing,
                 out: &out,
             };
-            let plan = super::tensor::Plan::new(&gpu, &product, trellis);
-            assert!(plan.takes_rotated());
-            let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
-            super::tensor::launch(&gpu, &product, &plan, Some(x.buffer()), &partials).unwrap();
-            let found = gpu.read_f32(&partials).unwrap();
-            for i in 0..m * n {
-                let sum: f32 = found.chunks(m * n).map(|slice| slice[i]).sum();
-                assert_eq!(sum, expected[i].to_f32(), "{codebook:?} {bits} bits, row {}, column {}", i / n, i % n);
+            let check = |partials: &CudaTensor| {
+                let found = gpu.read_f32(partials).unwrap();
+                for i in 0..m * n {
+                    let sum: f32 = found.chunks(m * n).map(|slice| slice[i]).sum();
+                    let (row, column) = (i / n, i % n);
+                    assert_eq!(
+                        sum,
+                        expected[row % k * n + column].to_f32(),
+                        "{codebook:?} {bits} bits, row {row} of {m}, column {column}"
+                    );
+                }
+            };
+            if m <= rows::MOST_ROWS {
+                let x = unit_rows(&gpu, m, k, |channel| channel / 16 * 16 + lane(channel) * 4 + own(channel));
+                let plan = rows::Plan::new(&gpu, &product(&x), trellis);
+                assert!(plan.takes_rotated());
+                let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
+                rows::multiply(&gpu, &product(&x), &plan, Some(&x), &partials).unwrap();
+                check(&partials);
+                continue;
+            }
+            // A lane has those of two tiles together.
+            let x = unit_rows(&gpu, m, k, |channel| {
+                channel / 32 * 32 + lane(channel) * 8 + channel / 16 % 2 * 4 + own(channel)
+            });
+            for columns in [n, n / 2] {
+                let mut plan = tile::Plan::new(&gpu, &product(&x), trellis);
+                assert_eq!(plan.columns, n);
+                plan.columns = columns;
+                let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
+                tile::multiply(&gpu, &product(&x), &plan, &x, &partials).unwrap();
+                check(&partials);
             }
         }
     }

@@ -67,25 +67,51 @@ impl Trellis {
 #[derive(CubeType)]
 pub(super) struct Lane {
     /// The first of the 32 bits of its first word that are the lane's.
-    pub(super) offset: u32,
+    offset: u32,
     /// [`crate::decode::exl3::KEPT`], known at run time only.
-    pub(super) kept: u32,
+    kept: u32,
     /// Of [`selector`].
-    pub(super) selector: Vector<u32, Const<2>>,
+    selector: Vector<u32, Const<2>>,
     /// [`Trellis::powers`].
-    pub(super) powers: Array<u32>,
+    powers: Array<u32>,
 }
 
 /// A lane's part of the matrix that makes `m16n8k16` (or `m16n8k32`) add up the halves (or bytes) of each register of the
 /// 16-row operand: column 2 t the first (second) register of lane t of a row, column 2 t + 1 the third (fourth).
 #[cube]
-pub(super) fn selector(lane: u32, #[comptime] codebook: Codebook) -> Vector<u32, Const<2>> {
+fn selector(lane: u32, #[comptime] codebook: Codebook) -> Vector<u32, Const<2>> {
     let ones = comptime!(if codebook == Codebook::Mul1 { 0x0101_0101u32 } else { 0x3c00_3c00 });
     let (g, t) = (lane / 4u32, lane % 4u32);
     let mut selector = Vector::<u32, Const<2>>::empty();
     selector.insert(0usize, select(g == 2u32 * t, ones.runtime(), 0u32));
     selector.insert(1usize, select(g == 2u32 * t + 1u32, ones.runtime(), 0u32));
     selector
+}
+
+/// What this unit of a plane decodes with; powers are those of [`Trellis::powers`].
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn new_lane(
+    kept: u32,
+    power1: u32,
+    power2: u32,
+    power3: u32,
+    power4: u32,
+    power5: u32,
+    power6: u32,
+    power7: u32,
+    #[comptime] t: Trellis,
+) -> Lane {
+    let mut powers = Array::<u32>::new(7usize);
+    powers[0] = power1;
+    powers[1] = power2;
+    powers[2] = power3;
+    powers[3] = power4;
+    powers[4] = power5;
+    powers[5] = power6;
+    powers[6] = power7;
+    let offset = (first_bit(UNIT_POS_X as usize, t) % 32usize) as u32;
+    Lane { offset, kept, selector: selector(UNIT_POS_X, t.codebook), powers }
 }
 
 /// The four registers of a lane; its words are those from `first` on.
