@@ -373,6 +373,10 @@ fn halves<B: Backend>(runner: &mut Runner<'_, B>, dtype: DType, few: &[Storage])
         }
     }
     for &storage in few {
+        // Every shape of a kernel for many rows, with an even and an odd number of Hadamard blocks.
+        for (m, n) in [9, 20, 70, 260].into_iter().flat_map(|m| [(m, 100), (m, 200)]) {
+            runner.check(&Exl3Case { m, k: 300, n, storage, dtype, ..CASE });
+        }
         for m in [1, 2, 5, 33] {
             runner.check(&Exl3Case { m, k: 1100, n: 272, storage, dtype, ..CASE });
             for (activation, bias, out_scale, residual) in

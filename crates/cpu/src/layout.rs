@@ -95,8 +95,14 @@ impl ByteFloats {
             return None;
         }
         let table: [f32; 256] = std::array::from_fn(|code| format.value(code as u8, 0.0));
-        let is_finite = |word: &u32| word.to_le_bytes().into_iter().all(|code| table[usize::from(code)].is_finite());
-        Some(if matrix.codes.iter().all(is_finite) { Self::Finite } else { Self::Table(Box::new(table)) })
+        // Codes that are no numbers are those that have all of these bits.
+        let spoilt = (0..=u8::MAX).filter(|&code| !table[usize::from(code)].is_finite());
+        let bits = u32::from_le_bytes([spoilt.fold(u8::MAX, |all, code| all & code); 4]);
+        // A word with such a code lacks none of them in that byte.
+        let lacking = |word: &u32| !word & bits;
+        let has_zero_byte = |word: u32| word.wrapping_sub(0x0101_0101) & !word & 0x8080_8080;
+        let is_finite = |words: &[u32]| words.iter().map(lacking).fold(0, |all, word| all | has_zero_byte(word)) == 0;
+        Some(if matrix.codes.chunks(1024).all(is_finite) { Self::Finite } else { Self::Table(Box::new(table)) })
     }
 }
 

@@ -266,7 +266,7 @@ struct Latent {
 
 impl Computation for Latent {
     fn run<B: Backend>(&self, device: &B) -> Result<Vec<f64>> {
-        let (h, n, v, r, rope) = (3, 20, 9, 64, 12);
+        let (h, n, v, r, rope) = (3, 20, 9, self.kv_b.in_features(), 12);
         let (kv_len, sq) = (self.kv_len, self.queries);
         let capacity = kv_len[0] + 6;
         let q = upload(device, &[2, sq, h, n + rope], &normals(2 * sq * h * (n + rope), 1))?;
@@ -303,6 +303,9 @@ fn latent_attention() {
             (false, 1, [90, 80], DType::F16),
             (false, 5, [90, 80], DType::F32),
             (false, 3, [600, 257], DType::F16),
+            // Threads have blocks of other rows than one thread; more rows than have their keys split.
+            (false, 33, [90, 80], DType::F32),
+            (false, 50, [300, 80], DType::F32),
         ] {
             let kv_b = kv_b.clone();
             let case = Latent { prefill, queries, kv_len, kv_b, dtype };
@@ -310,6 +313,17 @@ fn latent_attention() {
             for exact in [true, false] {
                 check(&case, exact, 3e-6, &format!("prefill {prefill} queries {queries}"));
             }
+        }
+    }
+}
+
+#[test]
+fn latent_rows_without_columns_give_zeros() {
+    for prefill in [true, false] {
+        let kv_b = Weight::dense(HostTensor::from_f32(&[87, 0], &[]).unwrap()).unwrap();
+        let case = Latent { prefill, queries: 2, kv_len: [300, 80], kv_b, dtype: DType::F32 };
+        for cpu in cpus(true) {
+            assert!(case.run(&cpu).unwrap().iter().all(|&value| value == 0.0), "prefill {prefill}, {:?}", cpu.isa());
         }
     }
 }

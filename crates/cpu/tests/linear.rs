@@ -98,7 +98,7 @@ fn every_format_in_both_modes() {
     for format in Format::ALL {
         for group_size in group_sizes(format) {
             // Tails of K in a word, a block and a panel; of N in a tile; rows around the register blocks.
-            for (m, k, n) in [(1, 200, 33), (1, 256, 16), (3, 333, 17), (13, 96, 40)] {
+            for (m, k, n) in [(1, 200, 33), (1, 544, 40), (3, 333, 17), (13, 96, 40)] {
                 let product = Product::new(quantized(format, group_size, n, k), m);
                 for exact in [true, false] {
                     let what = format!("{format} group {group_size} {m}x{k}x{n} exact {exact}");
@@ -276,16 +276,23 @@ fn many_rows_take_the_row_split() {
 
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
-    let weight = quantized(Format::Int4U4, 32, 50, 224);
-    let batch = Product::new(weight.clone(), 19);
-    for exact in [true, false] {
-        for cpu in common::cpus(exact) {
-            let together = batch.run(&cpu).unwrap();
-            for row in [0, 7, 16, 18] {
-                let mut alone = Product::new(weight.clone(), 1);
-                alone.x.copy_from_slice(&batch.x[row * 224..][..224]);
-                let expected = alone.run(&cpu).unwrap();
-                assert_eq!(together[row * 50..][..50], expected[..], "{:?}", cpu.isa());
+    let (n, k) = (50, 544);
+    // Codes with zero points, in planes, floats of 8 bits, and weights that are not quantized.
+    let formats = [(Format::Int4U4, 32), (Format::Int3, 32), (Format::Fp8E4m3, 128)];
+    let dense = HostTensor::from_f32_as(DType::BF16, &[n, k], &normals(n * k, 5)).unwrap();
+    let mut weights = vec![Weight::dense(dense).unwrap()];
+    weights.extend(formats.map(|(format, group_size)| quantized(format, group_size, n, k)));
+    for weight in weights {
+        let batch = Product::new(weight.clone(), 19);
+        for exact in [true, false] {
+            for cpu in common::cpus(exact) {
+                let together = batch.run(&cpu).unwrap();
+                for row in [0, 7, 16, 18] {
+                    let mut alone = Product::new(weight.clone(), 1);
+                    alone.x.copy_from_slice(&batch.x[row * k..][..k]);
+                    let expected = alone.run(&cpu).unwrap();
+                    assert_eq!(together[row * n..][..n], expected[..], "{} {:?}", weight.format_name(), cpu.isa());
+                }
             }
         }
     }

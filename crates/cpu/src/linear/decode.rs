@@ -50,7 +50,7 @@ impl Kernel for DecodePanel<'_> {
 /// Decoded lines that are handed on together.
 pub(crate) const QUAD: usize = 4;
 
-/// What becomes of decoded lines. A closure would be compiled without the instruction set of its caller.
+/// What becomes of decoded lines. A closure as large as these could be compiled without the instruction set of its caller.
 pub(crate) trait Quads<S: Simd> {
     /// Takes lines `at .. at + QUAD`, counted from the first that was asked for.
     fn take(&mut self, s: S, at: usize, lines: [S::F; QUAD]);

@@ -1,5 +1,5 @@
-//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT]`: how fast the kernels are on the
-//! first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are rotated beyond the
+//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT [--rows M,M,...]]`: how fast
+//! the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are rotated beyond the
 //! device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
 
 mod measure;
@@ -32,6 +32,9 @@ const TRELLISES: [(&str, Codebook, u32); 3] =
 
 /// Rows of the matrix products.
 const ROWS: [usize; 4] = [16, 64, 512, 4096];
+
+/// Rows of the products of one format.
+const SOME_ROWS: [usize; 8] = [1, 2, 4, 8, 16, 64, 512, 4096];
 
 /// Lengths of the context of attention.
 const CONTEXTS: [usize; 2] = [4096, 32_768];
@@ -85,7 +88,7 @@ fn main() -> Result<()> {
         }
     }
     if let Some(name) = only {
-        return run_some(&name, rows.as_deref().unwrap_or(&[1, 2, 4, 8, 16, 64, 512, 4096]));
+        return run_some(&name, rows.as_deref().unwrap_or(&SOME_ROWS));
     }
     if rows.is_some() {
         bail!("--rows needs --format");

@@ -1,6 +1,6 @@
 //! The absorbed form: `q~ = U_h^T q_nope`, attention of `[q~ | q_pe]` over the cache rows, `V_h` on the result. A pass over
-//! the cache serves many heads, so keys are split among threads before heads are. Where they are split does not depend on
-//! the threads, and so neither do the results.
+//! the cache serves many heads, so keys are split among threads before heads are. Where keys are split does not depend on
+//! the threads; how many rows make a task does, but each row is summed in the same order whatever lies beside it.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use marlin_ops::Result;
 use super::{Mla, exl3, lane_values};
 use crate::ahead::Reads;
 use crate::attention::EmptyRows;
-use crate::attention::flash::{CacheRows, Ending, Flash, Query, ROW_STEP, padded};
+use crate::attention::flash::{CacheRows, Ending, Flash, Query, ROW_STEP, divide_by_sum, padded};
 use crate::layout::{PackedWeight, Values};
 use crate::linear::decode::{PANEL, QUAD, Quads, for_quads};
 use crate::simd::{Kernel, LANES, Line, Simd};
@@ -18,6 +18,8 @@ use crate::simd::{Kernel, LANES, Line, Simd};
 const PART_KEYS: usize = 256;
 /// Most (query, head) rows of one task.
 const MOST_ROWS: usize = 5 * ROW_STEP;
+/// Most rows of a sequence whose keys are split. More are tasks enough, and would have a sum for each part.
+const MOST_SPLIT_ROWS: usize = 4 * MOST_ROWS;
 /// Rows whose products take as long as widening and transposing the keys.
 const LOAD_ROWS: usize = 8;
 
@@ -28,7 +30,8 @@ struct Split {
     rows: usize,
     /// Rows of a task.
     block: usize,
-    /// Parts of the longest sequence.
+    /// Keys of a part, and parts of the longest sequence.
+    part_keys: usize,
     parts: usize,
     /// Width of a row of sums.
     width: usize,
@@ -37,8 +40,12 @@ struct Split {
 impl Split {
     /// The ways to split `rows`.
     fn all(rows: usize, keys: usize, width: usize) -> [Self; MOST_ROWS / ROW_STEP] {
-        let parts = keys.div_ceil(PART_KEYS);
-        std::array::from_fn(|i| Self { rows, block: ((i + 1) * ROW_STEP).min(rows.max(1)), parts, width })
+        let part_keys = if rows <= MOST_SPLIT_ROWS { PART_KEYS } else { keys.max(1) };
+        let parts = keys.div_ceil(part_keys);
+        std::array::from_fn(|i| {
+            let block = ((i + 1) * ROW_STEP).min(rows.max(1));
+            Self { rows, block, part_keys, parts, width }
+        })
     }
 
     /// The way with which `threads` are done first.
@@ -92,6 +99,7 @@ impl Split {
 }
 
 impl Mla<'_> {
+    /// Absorbs the queries, attends part by part, then joins the parts and projects the values, head by head.
     pub(in crate::attention) fn decode(self) -> Result<()> {
         let (cpu, d) = (self.cpu, self.dims);
         let rows = d.batch * d.queries;
@@ -112,11 +120,14 @@ impl Mla<'_> {
             }
         };
         cpu.pool.for_parts(projection, &mut absorbed, per_head, |h| reads(h * head_width), absorb);
-        let (split_rows, width) = (d.queries * d.heads, padded(d.rank));
+        // The sums of a latent row without columns have room all the same, so that states have tasks.
+        let (split_rows, width) = (d.queries * d.heads, padded(d.rank.max(1)));
         let longest = self.kv_len.iter().copied().max().unwrap_or(0);
         let split = Split::fastest(split_rows, longest, width, d.batch, cpu.pool.threads());
-        // Room for a full cache: with what the keys of this call need, every few tokens would allocate.
-        let mut partial = cpu.workspace.floats.take(d.batch * Split::most(split_rows, d.capacity, width));
+        // While tokens are decoded one by one, room for a full cache: with that for the keys so far, memory would be asked
+        // for again and again.
+        let most = if d.queries == 1 { Split::most(split_rows, d.capacity, width) } else { split.len() };
+        let mut partial = cpu.workspace.floats.take(d.batch * most);
         let partial = &mut partial[..d.batch * split.len()];
         let keys: usize = self.kv_len.iter().sum();
         let work = keys * d.queries * d.heads * (2 * d.rank + d.rope);
@@ -159,8 +170,8 @@ impl Mla<'_> {
             q[..d.rank].copy_from_slice(latent);
             q[d.rank..row_width].copy_from_slice(&source[d.nope..]);
             q[row_width..].fill(0.0);
-            seen.first = part * PART_KEYS;
-            seen.end = self.visible(b, i).clamp(seen.first, seen.first + PART_KEYS);
+            seen.first = part * split.part_keys;
+            seen.end = self.visible(b, i).clamp(seen.first, seen.first + split.part_keys);
         }
         let cache_rows =
             |width| CacheRows { data: self.cache, start: b * d.capacity * row_width, stride: row_width, width };
@@ -228,13 +239,7 @@ impl Kernel for Join<'_> {
                 *out += factor * sum;
             }
         }
-        if total == 0.0 {
-            return false;
-        }
-        for out in out {
-            *out /= total;
-        }
-        true
+        divide_by_sum(total, out)
     }
 }
 

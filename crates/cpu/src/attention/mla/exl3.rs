@@ -8,7 +8,7 @@ use crate::linear::decode::{PANEL, decode_panel};
 use crate::linear::exl3::transform;
 use crate::simd::{Kernel, LANES, Line, Simd};
 
-/// Lines of scratch for each query, and for the decoded panel.
+/// Lines of scratch for each query, and for the decoded panel of an EXL3 weight.
 pub(super) const LINES: usize = PANEL + SPAN;
 
 /// `out[query] = U_h^T q_nope[query, h]`, `[B Sq, r]`.

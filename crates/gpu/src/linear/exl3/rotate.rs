@@ -202,7 +202,30 @@ fn rotate_input<X: Numeric, G: Numeric>(
 struct OutputConfig {
     epilogue: Epilogue,
     planes: bool,
-    slices: usize,
+    /// Slices beside the first and whole groups of [`SLICES_AT_ONCE`].
+    rest: usize,
+}
+
+/// `sum` and `count` slices in order, all loaded at once.
+#[cube]
+fn add_slices(
+    partials: &[Vector<f32, Const<4>>],
+    sum: Vector<f32, Const<4>>,
+    first: usize,
+    slice_len: usize,
+    #[comptime] count: usize,
+) -> Vector<f32, Const<4>> {
+    let mut sum = sum;
+    let mut parts = Sequence::<Vector<f32, Const<4>>>::new();
+    #[unroll]
+    for i in 0..count {
+        parts.push(partials[first + i * slice_len]);
+    }
+    #[unroll]
+    for i in 0..count {
+        sum += *parts.index(i);
+    }
+    sum
 }
 
 /// `out [rows, n]` of the sum over slices of `partials [slices, rows, 128 blocks]`, as [`finish`] defines it after the
@@ -218,6 +241,7 @@ fn rotate_output<H: Numeric, O: Numeric>(
     rows: u32,
     n: u32,
     blocks: u32,
+    groups: u32,
     flags: u32,
     out_scale: f32,
     #[comptime] c: OutputConfig,
@@ -237,20 +261,14 @@ fn rotate_output<H: Numeric, O: Numeric>(
         scales[i] = f32::cast_from(svh[first_column + i]);
     }
     let mut quad = partials[from];
-    #[unroll]
-    for group in 0..comptime!((c.slices - 1).div_ceil(SLICES_AT_ONCE)) {
-        let begin = comptime!(1 + group * SLICES_AT_ONCE);
-        let count = comptime!(SLICES_AT_ONCE.min(c.slices - begin));
-        let mut parts = Sequence::<Vector<f32, Const<4>>>::new();
-        #[unroll]
-        for i in 0..count {
-            parts.push(partials[comptime!(begin + i) * (rows * blocks * LANES) + from]);
-        }
-        #[unroll]
-        for i in 0..count {
-            quad += *parts.index(i);
-        }
+    // After the first slice come whole groups, then the rest.
+    let slice_len = rows * blocks * LANES;
+    let mut next = from + slice_len;
+    for _group in 0..groups as usize {
+        quad = add_slices(partials, quad, next, slice_len, SLICES_AT_ONCE);
+        next += slice_len * SLICES_AT_ONCE;
     }
+    quad = add_slices(partials, quad, next, slice_len, c.rest);
     let mut values = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
@@ -312,7 +330,8 @@ pub(super) fn input<R: Runtime>(
 pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partials: &Tensor<Gpu<R>>, slices: usize) {
     let (m, n) = (product.x.rows(), product.weight.out_features);
     let blocks = product.weight.padded_out() / HADAMARD;
-    let config = OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), slices };
+    let config =
+        OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), rest: (slices - 1) % SLICES_AT_ONCE };
     let [_, _, _, h, o] = product.elements();
     // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, svh N padded, out m rows of n; the
     // kernel compares rows and columns with m and n.
@@ -329,6 +348,7 @@ pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partial
             m as u32,
             n as u32,
             blocks as u32,
+            ((slices - 1) / SLICES_AT_ONCE) as u32,
             product.flags(),
             product.out_scale,
             config,

@@ -202,11 +202,11 @@ fn long_rows_are_cut_into_slices() {
 
 #[test]
 fn gated_products_of_different_codebooks() {
-    fn gated<D: LinearOps>(d: &D) -> Vec<f64> {
-        let (m, n, k) = (2, 130, 256);
+    fn gated<D: LinearOps>(d: &D, m: usize, dtype: DType) -> Vec<f64> {
+        let (n, k) = (130, 256);
         let gate = Linear::new(d, weight(Codebook::Mcg, 3, n, k, 21)).unwrap();
         let up = Linear::new(d, weight(Codebook::Mul1, 4, n, k, 25)).unwrap();
-        let x = d.upload(&HostTensor::from_f32(&[m, k], &values(m * k, 6)).unwrap()).unwrap();
+        let x = d.upload(&HostTensor::from_f32_as(dtype, &[m, k], &values(m * k, 6)).unwrap()).unwrap();
         let gamma = d.upload(&HostTensor::from_f32(&[k], &values(k, 7)).unwrap()).unwrap();
         let norm = Some(InputNorm { gamma: &gamma, gamma_offset: 1.0, eps: 1e-6 });
         let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
@@ -214,8 +214,13 @@ fn gated_products_of_different_codebooks() {
         d.gated_up(GatedUpArgs { x: &x, norm, gate: &gate, up: &up, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
-    let error = relative_norm(&gated(&gpu()), &gated(&Oracle::new()));
-    assert!(error < 1e-5, "{error:e}");
+    let gpu = gpu();
+    for (m, dtype) in [(2, DType::F32), (2, DType::F16), (20, DType::F16)] {
+        let error = relative_norm(&gated(&gpu, m, dtype), &gated(&Oracle::new(), m, dtype));
+        // Of two products.
+        let bound = 2.0 * bound(&gpu, None, dtype);
+        assert!(error < bound, "{m} rows of {dtype:?}: {error:e}");
+    }
 }
 
 /// `|dy[n]| <= 2.5e-3 |svh[n]| rms(z)`, z over the 128 outputs of n.
@@ -278,15 +283,21 @@ fn tensor_cores_decode_exactly() {
     use super::tensor::{rows, tile};
     use crate::linear::operands::{Combine, Product};
     let gpu = gpu();
-    let (n, k) = (512, 256);
-    for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
+    let k = 256;
+    let rates = Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits)));
+    // Cubes of 128 columns and, where weights were decoded before, of 256.
+    for ((codebook, bits), n) in rates.flat_map(|rate| [(rate, 384), (rate, 768)]) {
         let matrix = matrix(codebook, bits, n, k, 41);
         let expected = matrix.inner().unwrap();
         let trellis = crate::decode::Trellis { bits: bits as usize, codebook };
         let linear = Linear::new(&gpu, Weight::exl3(matrix).unwrap()).unwrap();
-        // Decoded before, with their rows, and by planes that share rows; other numbers of rows of one rate.
-        let counts = [k + 1, 50, 8, 100, 20, 3];
-        for &m in if bits == 3 { &counts[..] } else { &counts[..3] } {
+        // Weights decoded before: 257 rows; with their rows: 100, 50 and 20; by planes that share rows: 8 and 3.
+        let counts = match (n, bits) {
+            (768, _) => &[257][..],
+            (_, 3) => &[257, 100, 50, 20, 8, 3],
+            _ => &[257, 50, 8],
+        };
+        for &m in counts {
             // Of each tile of 16 channels, lane t has channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
             let lane = |channel: usize| channel % 8 / 2;
             let own = |channel: usize| channel % 16 / 8 * 2 + channel % 2;
@@ -301,6 +312,10 @@ fn tensor_cores_decode_exactly() {
                 out_scale: 1.0,
                 combine: Combine::Nothing,
                 out: &out,
+            };
+            let nans = |slices: usize| {
+                let nans = vec![f32::NAN; slices * m * n];
+                gpu.upload(&HostTensor::from_f32(&[slices, m, n], &nans).unwrap()).unwrap()
             };
             let check = |partials: &CudaTensor| {
                 let found = gpu.read_f32(partials).unwrap();
@@ -318,7 +333,7 @@ fn tensor_cores_decode_exactly() {
                 let x = unit_rows(&gpu, m, k, |channel| channel / 16 * 16 + lane(channel) * 4 + own(channel));
                 let plan = rows::Plan::new(&gpu, &product(&x), trellis);
                 assert!(plan.takes_rotated());
-                let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
+                let partials = nans(plan.slices);
                 rows::multiply(&gpu, &product(&x), &plan, Some(&x), &partials).unwrap();
                 check(&partials);
                 continue;
@@ -327,11 +342,12 @@ fn tensor_cores_decode_exactly() {
             let x = unit_rows(&gpu, m, k, |channel| {
                 channel / 32 * 32 + lane(channel) * 8 + channel / 16 % 2 * 4 + own(channel)
             });
-            for columns in [n, n / 2] {
+            // All columns at a time, and two parts of different widths.
+            for columns in if m > k { vec![n, n / 3 * 2] } else { vec![n] } {
                 let mut plan = tile::Plan::new(&gpu, &product(&x), trellis);
                 assert_eq!(plan.columns, n);
                 plan.columns = columns;
-                let partials = gpu.scratch("linear", DType::F32, &[plan.slices, m, n]).unwrap();
+                let partials = nans(plan.slices);
                 tile::multiply(&gpu, &product(&x), &plan, &x, &partials).unwrap();
                 check(&partials);
             }

@@ -4,6 +4,7 @@
 
 mod fragment;
 mod rows;
+pub(super) mod stage;
 mod tile;
 
 use cubecl::ir::features::MmaConfig;

@@ -1,13 +1,13 @@
 //! Many rows: a cube stages its rows of x in shared memory, permuted, while every plane decodes the weights of its own 32
 //! columns in registers.
 
-use cubecl::cmma::MmaDefinition;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use half::{bf16, f16};
 use marlin_ops::Result;
 
-use super::fragment::{Code, Operand, decode_word, double_zeros, pair_up, widen_scales};
+use super::fragment::{Code, Operand, decode_word, double_zeros, widen_scales};
+use super::stage::{Stage, first_vectors, load_x, multiply_step, store_x, zero_sums};
 use super::{Call, STEP, Target};
 use crate::Gpu;
 use crate::element::{Storage, bf16_bits, widen};
@@ -71,19 +71,10 @@ impl TileConfig {
         self.planes_m * self.planes_n * self.planes_k
     }
 
-    /// Units that stage x for one of the parts of K.
-    const fn stagers(self) -> usize {
-        32 * self.planes_m * self.planes_n
-    }
-
-    /// Vectors of x of a step that a unit stages.
-    const fn staged(self) -> usize {
-        4 * self.rows() / self.stagers()
-    }
-
-    /// Vectors of a stage: [step, row, 4].
-    const fn stage_vectors(self) -> usize {
-        4 * self.rows() * self.steps
+    /// How rows of x lie in shared memory, for each part of K.
+    const fn stage(self) -> Stage {
+        let units = 32 * self.planes_m * self.planes_n;
+        Stage { rows: self.rows(), steps: self.steps, units, paired: true }
     }
 
     /// Scale vectors of a stage that a lane holds.
@@ -97,7 +88,7 @@ impl TileConfig {
     }
 
     const fn shared_bytes(self) -> usize {
-        2 * self.planes_k * self.stage_vectors() * 16 + self.handed_over() * 8
+        2 * self.planes_k * self.stage().vectors() * 16 + self.handed_over() * 8
     }
 }
 
@@ -137,10 +128,10 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let first = slice * all / slices as usize;
     let stages = (slice + 1) * all / slices as usize;
 
-    let vectors = comptime!(2 * c.planes_k * c.stage_vectors());
+    let vectors = comptime!(2 * c.planes_k * c.stage().vectors());
     let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(vectors, 16usize);
-    let mut sums = zero_sums(c);
-    let mut totals = zero_sums(c);
+    let mut sums = zero_sums(c.row_blocks);
+    let mut totals = zero_sums(c.row_blocks);
     let mut scale = Array::<f32>::new(4usize);
     let mut dead = Array::<bool>::new(4usize);
     #[unroll]
@@ -151,8 +142,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let mut zero = Vector::<u32, Const<2>>::new(0u32);
     let mut group = u32::MAX.runtime() as usize;
 
-    let rows = first_vectors(stager, m, k, c);
-    let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.staged()));
+    let rows = first_vectors(stager, m, k, comptime!(c.stage()));
+    let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
     let mut w = Array::<Vector<u32, Const<4>>>::new(comptime!(c.steps));
     let mut s = Array::<Vector<u32, Const<2>>>::new(comptime!(c.scales()));
     let mut z = Array::<Vector<u32, Const<2>>>::new(comptime!(c.scales()));
@@ -163,8 +154,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     for step in 0..comptime!(c.steps) {
         w[step] = words[((loaded * comptime!(c.steps) + step) * 4 + t) * quads + column];
         load_scales(scales, zeros, &mut s, &mut z, loaded, step, group_shift, quads, column, c);
-        load_x(x, &mut xv, &rows, loaded, step, c);
-        store_x(&mut shared, &xv, part * 2, stager, step, c);
+        load_x(x, &mut xv, &rows, loaded, step, comptime!(c.stage()));
+        store_x(&mut shared, &xv, part * 2, stager, step, comptime!(c.stage()));
     }
     sync_cube();
     let mut buffer = part * 2;
@@ -177,7 +168,7 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
             let next = select(after < stages, after, stage);
             #[unroll]
             for step in 0..comptime!(c.steps) {
-                load_x(x, &mut xv, &rows, next, step, c);
+                load_x(x, &mut xv, &rows, next, step, comptime!(c.stage()));
                 if comptime!(step == 0 || c.short_groups) {
                     let now = (stage * comptime!(c.steps) + step) >> group_shift as usize;
                     if now != group {
@@ -191,9 +182,9 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
                 w[step] = words[((next * comptime!(c.steps) + step) * 4 + t) * quads + column];
                 load_scales(scales, zeros, &mut s, &mut z, next, step, group_shift, quads, column, c);
                 let row = plane_m * comptime!(8 * c.row_blocks) + g;
-                let from = buffer * comptime!(c.stage_vectors()) + comptime!(4 * c.rows() * step) + row * 4 + t;
-                multiply_step::<F>(&shared, &mut sums, &weights, from, c);
-                store_x(&mut shared, &xv, other, stager, step, c);
+                let from = buffer * comptime!(c.stage().vectors()) + comptime!(4 * c.rows() * step) + row * 4 + t;
+                multiply_step::<F>(&shared, &mut sums, &weights, from, c.row_blocks);
+                store_x(&mut shared, &xv, other, stager, step, comptime!(c.stage()));
             }
         }
         sync_cube();
@@ -205,69 +196,6 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     if part == 0 {
         let row0 = CUBE_POS_X as usize * comptime!(c.rows()) + plane_m * comptime!(8 * c.row_blocks) + t * 2;
         write_tile::<H, O>(&sums, bias, residual, out, row0, column, m, quads, flags, out_scale, c);
-    }
-}
-
-/// Sums of a lane: [row block, product], each [half] pairs of rows.
-#[cube]
-fn zero_sums(#[comptime] c: TileConfig) -> Sequence<Array<Vector<f32, Const<2>>>> {
-    let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
-    #[unroll]
-    for _i in 0..comptime!(2 * c.row_blocks) {
-        let mut zero = Array::<Vector<f32, Const<2>>>::new(2usize);
-        zero[0] = Vector::<f32, Const<2>>::new(0.0);
-        zero[1] = Vector::<f32, Const<2>>::new(0.0);
-        sums.push(zero);
-    }
-    sums
-}
-
-/// Where the rows begin whose vectors a unit stages, counted in vectors of x.
-#[cube]
-fn first_vectors(stager: usize, m: u32, k: u32, #[comptime] c: TileConfig) -> Array<usize> {
-    let mut first = Array::<usize>::new(comptime!(c.staged()));
-    let last = m as usize - 1;
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        let e = stager + comptime!(i * c.stagers());
-        let wanted = CUBE_POS_X as usize * comptime!(c.rows()) + e / 4;
-        // Rows beyond the last are computed from the last and not written.
-        first[i] = select(wanted < last, wanted, last) * (k as usize / 8) + e % 4;
-    }
-    first
-}
-
-/// Loads a unit's vectors of a step.
-#[cube]
-fn load_x(
-    x: &[Vector<u32, Const<4>>],
-    xv: &mut Array<Vector<u32, Const<4>>>,
-    first: &Array<usize>,
-    stage: usize,
-    #[comptime] step: usize,
-    #[comptime] c: TileConfig,
-) {
-    let at = stage * comptime!(4 * c.steps) + comptime!(4 * step);
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        xv[i] = x[first[i] + at];
-    }
-}
-
-/// Writes a unit's vectors of a step, permuted to pairs.
-#[cube]
-fn store_x(
-    shared: &mut Shared<[Vector<u32, Const<4>>]>,
-    xv: &Array<Vector<u32, Const<4>>>,
-    buffer: usize,
-    stager: usize,
-    #[comptime] step: usize,
-    #[comptime] c: TileConfig,
-) {
-    let first = buffer * comptime!(c.stage_vectors()) + comptime!(4 * c.rows() * step) + stager;
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        shared[first + comptime!(i * c.stagers())] = pair_up(xv[i]);
     }
 }
 
@@ -391,45 +319,6 @@ fn operands<F: Float>(
         }
     }
     weights
-}
-
-/// Multiplies the rows of a staged step with a lane's operands.
-#[cube]
-fn multiply_step<F: Float>(
-    shared: &Shared<[Vector<u32, Const<4>>]>,
-    sums: &mut Sequence<Array<Vector<f32, Const<2>>>>,
-    weights: &Sequence<Array<Vector<F, Const<2>>>>,
-    from: usize,
-    #[comptime] c: TileConfig,
-) {
-    let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
-    // Two row blocks in turn, so that products that add to the same sum are four apart.
-    #[unroll]
-    for pair in 0..comptime!(c.row_blocks / 2) {
-        let mut inputs = Sequence::<Array<Vector<F, Const<2>>>>::new();
-        #[unroll]
-        for b in 0..2usize {
-            let pairs = shared[from + comptime!(32 * (2 * pair + b))];
-            #[unroll]
-            for u in 0..2usize {
-                let mut input = Array::<Vector<F, Const<2>>>::new(2usize);
-                input[0] = Vector::<F, Const<2>>::reinterpret(pairs.extract(comptime!(2 * u)));
-                input[1] = Vector::<F, Const<2>>::reinterpret(pairs.extract(comptime!(2 * u + 1)));
-                inputs.push(input);
-            }
-        }
-        #[unroll]
-        for u in 0..2usize {
-            #[unroll]
-            for b in 0..2usize {
-                #[unroll]
-                for h in 0..2usize {
-                    let sum = sums.index_mut(comptime!((2 * pair + b) * 2 + h));
-                    mma.execute_inplace(weights.index(comptime!(2 * h + u)), inputs.index(comptime!(2 * b + u)), sum);
-                }
-            }
-        }
-    }
 }
 
 /// The pairs of column `j` of a lane's words, all 0 where the group's scale is.

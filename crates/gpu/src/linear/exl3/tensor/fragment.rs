@@ -13,7 +13,7 @@ use half::f16;
 use marlin_formats::exl3::Codebook;
 
 use crate::decode::Trellis;
-use crate::decode::exl3::{CHANGED, product};
+use crate::decode::exl3::{CHANGED, KEPT, product};
 
 /// First bits of the registers that a lane's stream is moved to, by bit rate. With 3 and 4 bits two registers that overlap
 /// hold all states whole.
@@ -45,21 +45,43 @@ impl Trellis {
     }
 }
 
+/// Word `i` of a lane within a tile; they follow each other cyclically.
+#[cube]
+pub(super) fn lane_word(lane: usize, #[comptime] i: usize, #[comptime] t: Trellis) -> usize {
+    (first_bit(lane, t) / 32usize + i) % comptime!(t.tile_words())
+}
+
 /// The first bit of a lane's stream within a tile.
 #[cube]
-pub(super) fn first_bit(lane: usize, #[comptime] t: Trellis) -> usize {
+fn first_bit(lane: usize, #[comptime] t: Trellis) -> usize {
     (lane * comptime!(8 * t.bits) + comptime!(256 * t.bits - t.lead())) % comptime!(256 * t.bits)
 }
 
+/// What every lane decodes with, known at run time only so that the compiler does not take it apart.
+#[derive(CubeLaunch, CubeType, Clone, Copy)]
+pub(super) struct Constants {
+    /// [`crate::decode::exl3::KEPT`].
+    kept: u32,
+    /// The factors that move the states of positions 1 to 7 to the upper half of their registers; 0 where they are there,
+    /// or lie in two registers or in the lower half.
+    power1: u32,
+    power2: u32,
+    power3: u32,
+    power4: u32,
+    power5: u32,
+    power6: u32,
+    power7: u32,
+}
+
 impl Trellis {
-    /// The factors that move the states of positions 1 to 7 to the upper half of their registers; 0 where they are there, or
-    /// lie in two registers or in the lower half.
-    pub(super) fn powers(self) -> [u32; 7] {
-        std::array::from_fn(|i| {
+    /// The argument of kernels that decode.
+    pub(super) fn constants<R: Runtime>(self) -> ConstantsLaunch<R> {
+        let [p1, p2, p3, p4, p5, p6, p7] = std::array::from_fn(|i| {
             let (register, whole) = self.register(i + 1);
             let up = (i + 1) * self.bits - self.starts()[register];
             if whole && up > 0 && up < 16 { 1 << up } else { 0 }
-        })
+        });
+        ConstantsLaunch::new(KEPT, p1, p2, p3, p4, p5, p6, p7)
     }
 }
 
@@ -68,11 +90,9 @@ impl Trellis {
 pub(super) struct Lane {
     /// The first of the 32 bits of its first word that are the lane's.
     offset: u32,
-    /// [`crate::decode::exl3::KEPT`], known at run time only.
     kept: u32,
     /// Of [`selector`].
     selector: Vector<u32, Const<2>>,
-    /// [`Trellis::powers`].
     powers: Array<u32>,
 }
 
@@ -88,30 +108,19 @@ fn selector(lane: u32, #[comptime] codebook: Codebook) -> Vector<u32, Const<2>> 
     selector
 }
 
-/// What this unit of a plane decodes with; powers are those of [`Trellis::powers`].
+/// What this unit of a plane decodes with.
 #[cube]
-#[allow(clippy::too_many_arguments)]
-pub(super) fn new_lane(
-    kept: u32,
-    power1: u32,
-    power2: u32,
-    power3: u32,
-    power4: u32,
-    power5: u32,
-    power6: u32,
-    power7: u32,
-    #[comptime] t: Trellis,
-) -> Lane {
+pub(super) fn new_lane(constants: &Constants, #[comptime] t: Trellis) -> Lane {
     let mut powers = Array::<u32>::new(7usize);
-    powers[0] = power1;
-    powers[1] = power2;
-    powers[2] = power3;
-    powers[3] = power4;
-    powers[4] = power5;
-    powers[5] = power6;
-    powers[6] = power7;
+    powers[0] = constants.power1;
+    powers[1] = constants.power2;
+    powers[2] = constants.power3;
+    powers[3] = constants.power4;
+    powers[4] = constants.power5;
+    powers[5] = constants.power6;
+    powers[6] = constants.power7;
     let offset = (first_bit(UNIT_POS_X as usize, t) % 32usize) as u32;
-    Lane { offset, kept, selector: selector(UNIT_POS_X, t.codebook), powers }
+    Lane { offset, kept: constants.kept, selector: selector(UNIT_POS_X, t.codebook), powers }
 }
 
 /// The four registers of a lane; its words are those from `first` on.

@@ -11,9 +11,9 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use super::check_shared;
-use super::fragment::{Lane, decode_lane, first_bit, new_lane};
+use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
 use crate::decode::Trellis;
-use crate::decode::exl3::{KEPT, SIDE};
+use crate::decode::exl3::SIDE;
 use crate::element::{Storage, load};
 use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, pair, transform};
 use crate::linear::grid;
@@ -90,14 +90,7 @@ fn multiply_tiles<X: Numeric>(
     tile_rows: u32,
     tile_columns: u32,
     slice_rows: u32,
-    kept: u32,
-    power1: u32,
-    power2: u32,
-    power3: u32,
-    power4: u32,
-    power5: u32,
-    power6: u32,
-    power7: u32,
+    constants: Constants,
     #[comptime] c: RowsConfig,
     #[define(X)] _element: ElemType,
 ) {
@@ -108,15 +101,12 @@ fn multiply_tiles<X: Numeric>(
     let begin = CUBE_POS_Y as usize * slice_rows as usize;
     let mut end = begin + slice_rows as usize;
     end = select(end < tile_rows, end, tile_rows);
-    let bit = first_bit(unit, c.trellis);
-    let lane = new_lane(kept, power1, power2, power3, power4, power5, power6, power7, c.trellis);
+    let lane = new_lane(&constants, c.trellis);
     let tile_words = comptime!(c.trellis.tile_words());
-    // The words of a lane follow each other cyclically.
     let mut lane_words = Array::<usize>::new(3usize);
     #[unroll]
     for i in 0..3usize {
-        lane_words[i] =
-            (bit / 32usize + i) % tile_words + CUBE_POS_X as usize * comptime!(TILES * c.trellis.tile_words());
+        lane_words[i] = lane_word(unit, i, c.trellis) + CUBE_POS_X as usize * comptime!(TILES * c.trellis.tile_words());
     }
     let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_aligned_slice(comptime!(c.rows * c.row_stride()), 16usize);
     let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -425,7 +415,6 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
         Some(storage) => (product.x_arg(), storage.elem()),
         None => (gpu.unread(), ElemType::UInt(UIntKind::U32)),
     };
-    let [p1, p2, p3, p4, p5, p6, p7] = config.trellis.powers();
     // SAFETY: x holds m rows of k, suh K padded, the words all tiles, `partials` what it says and `rotated` m rows of K
     // padded; tile rows are compared with those of the slice and of K, rows and features with m and k.
     unsafe {
@@ -443,14 +432,7 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             (k / SIDE) as u32,
             (n / SIDE) as u32,
             plan.slice_rows as u32,
-            KEPT,
-            p1,
-            p2,
-            p3,
-            p4,
-            p5,
-            p6,
-            p7,
+            config.trellis.constants(),
             config,
             element,
         );

@@ -4,7 +4,6 @@
 
 use std::ops::Range;
 
-use cubecl::cmma::MmaDefinition;
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::DType;
@@ -12,12 +11,13 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use super::check_shared;
-use super::fragment::{Lane, decode_lane, first_bit, new_lane};
+use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
 use crate::decode::Trellis;
-use crate::decode::exl3::{KEPT, SIDE};
+use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES};
-use crate::linear::grid;
 use crate::linear::operands::Product;
+use crate::linear::tensor::stage::{Stage, first_vectors, load_x, multiply_step, store_x, zero_sums};
+use crate::linear::{grid, limit};
 use crate::{Buffer, Gpu};
 
 /// Input features of a step: two rows of tiles.
@@ -31,37 +31,29 @@ const MOST_DECODING: usize = 256;
 /// Most decoded weights at a time: 256 MiB.
 const MOST_DECODED: usize = 1 << 27;
 
-/// Operands of columns of tiles from `first_column` on, `[tile row, tile column, lane]`; a vector is a lane's part of a tile.
+/// Operands of columns of tiles from `first_tile_column` on, `[tile row, tile column, lane]`; a vector is a lane's part of a tile.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn decode_tiles(
     words: &[u32],
     out: &mut [Vector<u32, Const<4>>],
-    first_column: u32,
-    columns: u32,
+    first_tile_column: u32,
+    chunk_tile_columns: u32,
     tile_columns: u32,
-    kept: u32,
-    power1: u32,
-    power2: u32,
-    power3: u32,
-    power4: u32,
-    power5: u32,
-    power6: u32,
-    power7: u32,
+    constants: Constants,
     #[comptime] t: Trellis,
 ) {
     let unit = UNIT_POS_X as usize;
-    let runs = columns as usize / DECODED;
+    let runs = chunk_tile_columns as usize / DECODED;
     let run = CUBE_POS * DECODED + UNIT_POS_Y as usize;
     let (tile_row, column) = (run / runs, run % runs * DECODED);
-    let tile = tile_row * tile_columns as usize + first_column as usize + column;
-    let lane = new_lane(kept, power1, power2, power3, power4, power5, power6, power7, t);
+    let tile = tile_row * tile_columns as usize + first_tile_column as usize + column;
+    let lane = new_lane(&constants, t);
     let count = comptime!(t.lane_words());
     let mut loaded = Array::<u32>::new(comptime!(DECODED * t.lane_words()));
     #[unroll]
     for i in 0..count {
-        // The words of a lane follow each other cyclically.
-        let word = (first_bit(unit, t) / 32usize + i) % comptime!(t.tile_words());
+        let word = lane_word(unit, i, t);
         #[unroll]
         for j in 0..DECODED {
             loaded[comptime!(j * count + i)] = words[(tile + j) * comptime!(t.tile_words()) + word];
@@ -75,7 +67,7 @@ fn decode_tiles(
         for r in 0..4usize {
             vector.insert(r, u32::reinterpret(values[r]));
         }
-        out[(tile_row * columns as usize + column + j) * LANES + unit] = vector;
+        out[(tile_row * chunk_tile_columns as usize + column + j) * LANES + unit] = vector;
     }
 }
 
@@ -86,7 +78,7 @@ struct TileConfig {
     row_blocks: usize,
     /// Planes of a cube, side by side.
     planes: usize,
-    /// Steps in shared memory at a time: 1, 2 or 4. There are two such stages.
+    /// Steps in shared memory at a time: 2 or 4. There are two such stages.
     steps: usize,
     trellis: Trellis,
     /// Weights were decoded by [`decode_tiles`]; otherwise they come as words.
@@ -112,23 +104,19 @@ impl TileConfig {
         if self.decoded { 4 } else { self.trellis.lane_words() }
     }
 
-    /// Vectors of x of a step that a unit stages.
-    const fn staged(self) -> usize {
-        4 * self.rows() / (LANES * self.planes)
-    }
-
-    /// Vectors of a stage: [step, row, 4].
-    const fn stage_vectors(self) -> usize {
-        4 * self.rows() * self.steps
+    /// How rows of x lie in shared memory.
+    const fn stage(self) -> Stage {
+        Stage { rows: self.rows(), steps: self.steps, units: LANES * self.planes, paired: false }
     }
 
     const fn shared_bytes(self) -> usize {
-        2 * self.stage_vectors() * 16
+        2 * self.stage().vectors() * 16
     }
 }
 
-/// `partials [slice, m, n]` of columns from `first_column` on; cubes `[rows, columns, slices]`. x is `[m, k]` in the order of
-/// [`Channels::FragmentPairs`]. Weights have `tile_columns`: the words of all columns, or operands of these.
+/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[m, k]` in the order of
+/// [`Channels::FragmentPairs`]. Weights have `tile_columns` of tiles: all words,
+/// or the operands of these columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_rows(
@@ -142,52 +130,31 @@ fn multiply_rows(
     first_column: u32,
     tile_columns: u32,
     slices: u32,
-    kept: u32,
-    power1: u32,
-    power2: u32,
-    power3: u32,
-    power4: u32,
-    power5: u32,
-    power6: u32,
-    power7: u32,
+    constants: Constants,
     #[comptime] c: TileConfig,
 ) {
     let unit = UNIT_POS_X as usize;
     let (g, t) = (unit / 4, unit % 4);
     let plane = UNIT_POS_Y as usize;
     let stager = plane * LANES + unit;
-    let lane = new_lane(kept, power1, power2, power3, power4, power5, power6, power7, c.trellis);
+    let lane = new_lane(&constants, c.trellis);
     let pair = CUBE_POS_Y as usize * comptime!(c.planes) + plane;
-    let tile_row = tile_columns as usize * comptime!(c.tile_stride());
+    let row_stride = tile_columns as usize * comptime!(c.tile_stride());
     let places = tile_places(unit, pair, c);
     let all = k as usize / comptime!(STEP * c.steps);
     let slice = CUBE_POS_Z as usize;
     let first = slice * all / slices as usize;
     let stages = (slice + 1) * all / slices as usize;
-    let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(comptime!(2 * c.stage_vectors()), 16usize);
-    let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
-    #[unroll]
-    for _i in 0..comptime!(2 * c.row_blocks) {
-        let mut zero = Array::<Vector<f32, Const<2>>>::new(2usize);
-        zero[0] = Vector::<f32, Const<2>>::new(0.0);
-        zero[1] = Vector::<f32, Const<2>>::new(0.0);
-        sums.push(zero);
-    }
-    let mut rows = Array::<usize>::new(comptime!(c.staged()));
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        let e = stager + comptime!(i * LANES * c.planes);
-        let row = CUBE_POS_X as usize * comptime!(c.rows()) + e / 4;
-        // Rows beyond the last are computed from the last and not written.
-        rows[i] = select(row < m as usize, row, m as usize - 1) * (k as usize / 8) + e % 4;
-    }
-    let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.staged()));
+    let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(comptime!(2 * c.stage().vectors()), 16usize);
+    let mut sums = zero_sums(c.row_blocks);
+    let rows = first_vectors(stager, m, k, comptime!(c.stage()));
+    let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
     let mut w = Array::<u32>::new(comptime!(4 * c.steps * c.lane_words()));
     #[unroll]
     for step in 0..comptime!(c.steps) {
-        load_tiles(words, operands, &mut w, &places, first, tile_row, step, c);
-        load_x(x, &mut xv, &rows, first, step, c);
-        store_x(&mut shared, &xv, 0usize, stager, step, c);
+        load_tiles(words, operands, &mut w, &places, first, row_stride, step, c);
+        load_x(x, &mut xv, &rows, first, step, comptime!(c.stage()));
+        store_x(&mut shared, &xv, 0usize, stager, step, comptime!(c.stage()));
     }
     sync_cube();
     let mut buffer = 0usize.runtime();
@@ -196,12 +163,12 @@ fn multiply_rows(
         let next = select(stage + 1 < stages, stage + 1, stage);
         #[unroll]
         for step in 0..comptime!(c.steps) {
-            load_x(x, &mut xv, &rows, next, step, c);
+            load_x(x, &mut xv, &rows, next, step, comptime!(c.stage()));
             let weights = step_operands(&w, &lane, step, c);
-            load_tiles(words, operands, &mut w, &places, next, tile_row, step, c);
-            let from = buffer * comptime!(c.stage_vectors()) + comptime!(4 * c.rows() * step) + g * 4 + t;
-            multiply_step(&shared, &mut sums, &weights, from, c);
-            store_x(&mut shared, &xv, buffer ^ 1, stager, step, c);
+            load_tiles(words, operands, &mut w, &places, next, row_stride, step, c);
+            let from = buffer * comptime!(c.stage().vectors()) + comptime!(4 * c.rows() * step) + g * 4 + t;
+            multiply_step::<f16>(&shared, &mut sums, &weights, from, c.row_blocks);
+            store_x(&mut shared, &xv, buffer ^ 1, stager, step, comptime!(c.stage()));
         }
         sync_cube();
         buffer ^= 1;
@@ -232,12 +199,7 @@ fn tile_places(unit: usize, pair: usize, #[comptime] c: TileConfig) -> Array<usi
     let mut places = Array::<usize>::new(count);
     #[unroll]
     for i in 0..count {
-        // The words of a lane follow each other cyclically.
-        let own = if comptime!(c.decoded) {
-            unit
-        } else {
-            (first_bit(unit, c.trellis) / 32usize + i) % comptime!(c.trellis.tile_words())
-        };
+        let own = if comptime!(c.decoded) { unit } else { lane_word(unit, i, c.trellis) };
         places[i] = pair * comptime!(2 * c.tile_stride()) + own;
     }
     places
@@ -252,13 +214,13 @@ fn load_tiles(
     w: &mut Array<u32>,
     places: &Array<usize>,
     stage: usize,
-    tile_row: usize,
+    row_stride: usize,
     #[comptime] step: usize,
     #[comptime] c: TileConfig,
 ) {
     #[unroll]
     for r in 0..2usize {
-        let row = (stage * comptime!(2 * c.steps) + comptime!(2 * step + r)) * tile_row;
+        let row = (stage * comptime!(2 * c.steps) + comptime!(2 * step + r)) * row_stride;
         #[unroll]
         for j in 0..2usize {
             let first = comptime!((4 * step + 2 * r + j) * c.lane_words());
@@ -278,7 +240,7 @@ fn load_tiles(
     }
 }
 
-/// The operands of a step: [tile row, tile column].
+/// The operands of a step: [tile column, tile row].
 #[cube]
 fn step_operands(
     w: &Array<u32>,
@@ -289,7 +251,7 @@ fn step_operands(
     let mut weights = Sequence::<Array<Vector<f16, Const<2>>>>::new();
     #[unroll]
     for i in 0..4usize {
-        let first = comptime!((4 * step + i) * c.lane_words());
+        let first = comptime!((4 * step + i % 2 * 2 + i / 2) * c.lane_words());
         if comptime!(c.decoded) {
             let mut operand = Array::<Vector<f16, Const<2>>>::new(4usize);
             #[unroll]
@@ -302,79 +264,6 @@ fn step_operands(
         }
     }
     weights
-}
-
-/// Loads a unit's vectors of a step.
-#[cube]
-fn load_x(
-    x: &[Vector<u32, Const<4>>],
-    xv: &mut Array<Vector<u32, Const<4>>>,
-    rows: &Array<usize>,
-    stage: usize,
-    #[comptime] step: usize,
-    #[comptime] c: TileConfig,
-) {
-    let at = stage * comptime!(4 * c.steps) + comptime!(4 * step);
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        xv[i] = x[rows[i] + at];
-    }
-}
-
-/// Writes a unit's vectors of a step.
-#[cube]
-fn store_x(
-    shared: &mut Shared<[Vector<u32, Const<4>>]>,
-    xv: &Array<Vector<u32, Const<4>>>,
-    buffer: usize,
-    stager: usize,
-    #[comptime] step: usize,
-    #[comptime] c: TileConfig,
-) {
-    let first = buffer * comptime!(c.stage_vectors()) + comptime!(4 * c.rows() * step) + stager;
-    #[unroll]
-    for i in 0..comptime!(c.staged()) {
-        shared[first + comptime!(i * LANES * c.planes)] = xv[i];
-    }
-}
-
-/// Multiplies the rows of a staged step with a lane's operands.
-#[cube]
-fn multiply_step(
-    shared: &Shared<[Vector<u32, Const<4>>]>,
-    sums: &mut Sequence<Array<Vector<f32, Const<2>>>>,
-    weights: &Sequence<Array<Vector<f16, Const<2>>>>,
-    from: usize,
-    #[comptime] c: TileConfig,
-) {
-    let mma = MmaDefinition::<f16, f16, f32>::new(16usize, 8usize, 16usize);
-    // Two row blocks in turn, so that products that add to the same sum are four apart.
-    #[unroll]
-    for two in 0..comptime!(c.row_blocks / 2) {
-        let mut inputs = Sequence::<Array<Vector<f16, Const<2>>>>::new();
-        #[unroll]
-        for b in 0..2usize {
-            let words = shared[from + comptime!(32 * (2 * two + b))];
-            #[unroll]
-            for r in 0..2usize {
-                let mut input = Array::<Vector<f16, Const<2>>>::new(2usize);
-                input[0] = Vector::<f16, Const<2>>::reinterpret(words.extract(comptime!(2 * r)));
-                input[1] = Vector::<f16, Const<2>>::reinterpret(words.extract(comptime!(2 * r + 1)));
-                inputs.push(input);
-            }
-        }
-        #[unroll]
-        for r in 0..2usize {
-            #[unroll]
-            for b in 0..2usize {
-                #[unroll]
-                for j in 0..2usize {
-                    let sum = sums.index_mut(comptime!((2 * two + b) * 2 + j));
-                    mma.execute_inplace(weights.index(comptime!(2 * r + j)), inputs.index(comptime!(2 * b + r)), sum);
-                }
-            }
-        }
-    }
 }
 
 /// Shape of a launch.
@@ -436,6 +325,10 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     partials: &Tensor<Gpu<R>>,
 ) -> Result<()> {
     check_shared(gpu, product.operation, plan.config.shared_bytes())?;
+    if u32::try_from(partials.elements()).is_err() {
+        let what = format!("{} partial sums, which have indices of 32 bits,", partials.elements());
+        return Err(limit(gpu, product.operation, what));
+    }
     let (n, k) = (product.weight.padded_out(), product.weight.padded_in());
     if !plan.config.decoded {
         return multiply_columns(gpu, product, plan, 0..n, None, rotated, partials);
@@ -459,7 +352,6 @@ fn decode<R: Runtime>(
 ) -> Result<()> {
     let weight = product.weight;
     let (tile_rows, tile_columns) = (weight.padded_in() / SIDE, columns.len() / SIDE);
-    let [p1, p2, p3, p4, p5, p6, p7] = trellis.powers();
     let count = grid(gpu, product.operation, [tile_columns / DECODED, tile_rows / DECODED, 1])?;
     // SAFETY: the words hold all tiles, `decoded` a vector for each lane of these; cubes are as many as whole runs.
     unsafe {
@@ -472,14 +364,7 @@ fn decode<R: Runtime>(
             (columns.start / SIDE) as u32,
             tile_columns as u32,
             (weight.padded_out() / SIDE) as u32,
-            KEPT,
-            p1,
-            p2,
-            p3,
-            p4,
-            p5,
-            p6,
-            p7,
+            trellis.constants(),
             trellis,
         );
     }
@@ -500,7 +385,6 @@ fn multiply_columns<R: Runtime>(
     let (m, n, k) = (product.x.rows(), product.weight.padded_out(), product.weight.padded_in());
     let cubes = [m.div_ceil(config.rows()), columns.len() / config.columns(), plan.slices];
     let count = grid(gpu, product.operation, cubes)?;
-    let [p1, p2, p3, p4, p5, p6, p7] = config.trellis.powers();
     // SAFETY: the buffers hold what they are named for; columns are a multiple of a cube's and K of a stage, rows are
     // compared with m.
     unsafe {
@@ -518,14 +402,7 @@ fn multiply_columns<R: Runtime>(
             columns.start as u32,
             (columns.len() / SIDE) as u32,
             plan.slices as u32,
-            KEPT,
-            p1,
-            p2,
-            p3,
-            p4,
-            p5,
-            p6,
-            p7,
+            config.trellis.constants(),
             config,
         );
     }
