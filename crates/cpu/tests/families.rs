@@ -10,6 +10,7 @@ use marlin_ops::hadamard::{HadamardArgs, HadamardKind};
 use marlin_ops::linear::{Activation, Residual};
 use marlin_ops::moe::{CombineArgs, ExpertMlpArgs, GroupArgs, GroupScore, RouteArgs, Routing, Scoring};
 use marlin_ops::norm::{LayerNormArgs, RmsNormArgs, RmsNormInPlaceArgs};
+use marlin_ops::oracle::Oracle;
 use marlin_ops::rope::{MlaLatentWriteArgs, Pairing, RopeArgs, RopeConfig, RopeScaling, RopeTable};
 use marlin_ops::sampling::{LogitsProcess, LogitsProcessArgs, SampleArgs, SampleFilter};
 use marlin_ops::{
@@ -324,6 +325,33 @@ fn latent_rows_without_columns_give_zeros() {
         let case = Latent { prefill, queries: 2, kv_len: [300, 80], kv_b, dtype: DType::F32 };
         for cpu in cpus(true) {
             assert!(case.run(&cpu).unwrap().iter().all(|&value| value == 0.0), "prefill {prefill}, {:?}", cpu.isa());
+        }
+    }
+}
+
+/// A row whose scores are all `-inf` sees nothing, whether there are values to give or not.
+#[test]
+fn latent_rows_that_see_nothing_are_errors() {
+    fn run<B: Backend>(device: &B, v: usize) -> Result<()> {
+        let (n, r, keys) = (2, 16, 300);
+        let kv_b = Linear::new(device, Weight::dense(HostTensor::from_f32(&[n + v, r], &vec![0.0; (n + v) * r])?)?)?;
+        let q = upload(device, &[1, 1, 1, n + 1], &[1.0, 1.0, f32::NEG_INFINITY])?;
+        let cache = upload(device, &[1, keys, r + 1], &vec![1.0; keys * (r + 1)])?;
+        device.mla_decode(MlaAttentionArgs {
+            q: &q,
+            cache: &cache,
+            kv_len: &[keys],
+            kv_b: &kv_b,
+            nope_head_dim: n,
+            rope_head_dim: 1,
+            scale: 1.0,
+            out: &mut poisoned(device, &[1, 1, 1, v])?,
+        })
+    }
+    for v in [0, 3] {
+        let expected = run(&Oracle::new(), v).unwrap_err().to_string();
+        for cpu in cpus(true) {
+            assert_eq!(run(&cpu, v).unwrap_err().to_string(), expected, "{v} values, {:?}", cpu.isa());
         }
     }
 }

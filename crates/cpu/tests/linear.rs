@@ -234,22 +234,27 @@ fn many_exl3_rows_take_the_row_split() {
     }
 }
 
+/// Rows of a batch have the bits that they have alone.
+fn check_rows_alone(weight: &Weight) {
+    let (n, k) = (weight.out_features(), weight.in_features());
+    let batch = Product::new(weight.clone(), 19);
+    for exact in [true, false] {
+        for cpu in common::cpus(exact) {
+            let together = batch.run(&cpu).unwrap();
+            for row in [0, 7, 16, 18] {
+                let mut alone = Product::new(weight.clone(), 1);
+                alone.x.copy_from_slice(&batch.x[row * k..][..k]);
+                let expected = alone.run(&cpu).unwrap();
+                assert_eq!(together[row * n..][..n], expected[..], "{} {:?}", weight.format_name(), cpu.isa());
+            }
+        }
+    }
+}
+
 #[test]
 fn an_exl3_row_does_not_depend_on_its_batch() {
     for codebook in Codebook::ALL {
-        let weight = exl3(codebook, 3, 150, 700);
-        let batch = Product::new(weight.clone(), 19);
-        for exact in [true, false] {
-            for cpu in common::cpus(exact) {
-                let together = batch.run(&cpu).unwrap();
-                for row in [0, 7, 16, 18] {
-                    let mut alone = Product::new(weight.clone(), 1);
-                    alone.x.copy_from_slice(&batch.x[row * 700..][..700]);
-                    let expected = alone.run(&cpu).unwrap();
-                    assert_eq!(together[row * 150..][..150], expected[..], "{codebook:?} {:?}", cpu.isa());
-                }
-            }
-        }
+        check_rows_alone(&exl3(codebook, 3, 150, 700));
     }
 }
 
@@ -282,20 +287,7 @@ fn a_row_does_not_depend_on_its_batch() {
     let dense = HostTensor::from_f32_as(DType::BF16, &[n, k], &normals(n * k, 5)).unwrap();
     let mut weights = vec![Weight::dense(dense).unwrap()];
     weights.extend(formats.map(|(format, group_size)| quantized(format, group_size, n, k)));
-    for weight in weights {
-        let batch = Product::new(weight.clone(), 19);
-        for exact in [true, false] {
-            for cpu in common::cpus(exact) {
-                let together = batch.run(&cpu).unwrap();
-                for row in [0, 7, 16, 18] {
-                    let mut alone = Product::new(weight.clone(), 1);
-                    alone.x.copy_from_slice(&batch.x[row * k..][..k]);
-                    let expected = alone.run(&cpu).unwrap();
-                    assert_eq!(together[row * n..][..n], expected[..], "{} {:?}", weight.format_name(), cpu.isa());
-                }
-            }
-        }
-    }
+    weights.iter().for_each(check_rows_alone);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT [--rows M,M,...]]`: how fast
-//! the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are rotated beyond the
-//! device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
+//! the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are
+//! rotated beyond the device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
 
 mod measure;
 

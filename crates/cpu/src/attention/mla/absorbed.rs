@@ -135,13 +135,15 @@ impl Mla<'_> {
             self.attend(&split, task, &absorbed, out);
         });
         let empty = EmptyRows::new();
-        let mut heads = cpu.workspace.floats.take(d.heads * rows * d.value);
+        // Heads without values are joined all the same, which finds rows that see nothing.
+        let head_len = rows * d.value.max(1);
+        let mut heads = cpu.workspace.floats.take(d.heads * head_len);
         let project = |first: usize, out: &mut [f32]| {
-            for (h, out) in (first..).zip(out.chunks_exact_mut(rows * d.value)) {
+            for (h, out) in (first..).zip(out.chunks_exact_mut(head_len)) {
                 self.project_values(h, &split, partial, out, &empty);
             }
         };
-        cpu.pool.for_parts(projection, &mut heads, rows * d.value, |h| reads(h * head_width + d.nope), project);
+        cpu.pool.for_parts(projection, &mut heads, head_len, |h| reads(h * head_width + d.nope), project);
         empty.check(d.queries, d.heads)?;
         if d.value == 0 {
             return Ok(());
@@ -334,5 +336,29 @@ impl<S: Simd> Quads<S> for Queries<'_> {
         for (values, sums) in self.values.iter().zip(&mut *self.sums) {
             OneQuery { values: s.load(&values.0), sums }.take(s, at, lines);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_cache_needs_the_most() {
+        let (capacity, width) = (5000, 512);
+        for rows in [1, 5, 20, 64, MOST_SPLIT_ROWS] {
+            let most = Split::most(rows, capacity, width);
+            for keys in 1..=capacity {
+                for threads in [1, 2, 16] {
+                    assert!(Split::fastest(rows, keys, width, 1, threads).len() <= most, "{rows} rows, {keys} keys");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_many_rows_do_not_grow_with_the_keys() {
+        let of = |keys| Split::fastest(MOST_SPLIT_ROWS + 1, keys, 512, 1, 4).len();
+        assert_eq!(of(200_000), of(100));
     }
 }

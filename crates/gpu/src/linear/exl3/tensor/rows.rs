@@ -75,8 +75,8 @@ impl RowsConfig {
     }
 }
 
-/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`. x is `[m, k]`, or in the
-/// order of [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
+/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`. x is `[m, k]`, or in the order of
+/// [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
 fn multiply_tiles<X: Numeric>(
@@ -339,10 +339,10 @@ fn write_sums(
     }
 }
 
-/// A launch: what the kernel is compiled for, and the tile rows of a slice.
+/// Shape of a launch.
 pub(in crate::linear::exl3) struct Plan {
     config: RowsConfig,
-    slice_rows: usize,
+    /// Slices of K.
     pub(in crate::linear::exl3) slices: usize,
 }
 
@@ -358,16 +358,15 @@ impl Plan {
         // The turns of the busiest core; a cube costs it about as much as six tile rows beside its own.
         let turns = |slice: &usize| (cubes * tile_rows.div_ceil(*slice)).div_ceil(cores) * (slice.min(&tile_rows) + 6);
         let lengths = (1..=MOST_STAGED / BLOCK_ROWS).map(|blocks| blocks * BLOCK_ROWS);
-        let slice_rows = lengths.rev().min_by_key(turns).unwrap_or(MOST_STAGED);
-        let slices = tile_rows.div_ceil(slice_rows);
+        let stage = lengths.rev().min_by_key(turns).unwrap_or(MOST_STAGED);
+        let slices = tile_rows.div_ceil(stage);
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let planes = 1 << (28 / resident).clamp(4, 16).ilog2();
-        let even = tile_rows.is_multiple_of(slice_rows) && slice_rows.is_multiple_of(planes * depth);
+        let even = tile_rows.is_multiple_of(stage) && stage.is_multiple_of(planes * depth);
         let raw = m <= ROTATED_ROWS && product.norm.is_none();
         let rotated = raw.then(|| Storage::of(product.x.dtype()));
-        let config =
-            RowsConfig { trellis, rows: m.next_power_of_two(), stage: slice_rows, planes, depth, even, rotated };
-        Self { config, slice_rows, slices }
+        let config = RowsConfig { trellis, rows: m.next_power_of_two(), stage, planes, depth, even, rotated };
+        Self { config, slices }
     }
 
     /// Whether x is to be rotated before.
@@ -431,7 +430,7 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             weight.in_features as u32,
             (k / SIDE) as u32,
             (n / SIDE) as u32,
-            plan.slice_rows as u32,
+            config.stage as u32,
             config.trellis.constants(),
             config,
             element,

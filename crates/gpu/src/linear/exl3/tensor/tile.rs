@@ -31,7 +31,8 @@ const MOST_DECODING: usize = 256;
 /// Most decoded weights at a time: 256 MiB.
 const MOST_DECODED: usize = 1 << 27;
 
-/// Operands of columns of tiles from `first_tile_column` on, `[tile row, tile column, lane]`; a vector is a lane's part of a tile.
+/// Operands of columns of tiles from `first_tile_column` on, `[tile row, tile column, lane]`; a vector is a lane's part of a
+/// tile.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn decode_tiles(
@@ -114,9 +115,8 @@ impl TileConfig {
     }
 }
 
-/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[m, k]` in the order of
-/// [`Channels::FragmentPairs`]. Weights have `tile_columns` of tiles: all words,
-/// or the operands of these columns.
+/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[m, k]` in the
+/// order of [`Channels::FragmentPairs`]. Weights have `tile_columns` of tiles: all words, or the operands of these columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_rows(
