@@ -1,5 +1,5 @@
-//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT [--rows M,M,...]]`: how fast
-//! the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are
+//! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT [--rows M,M,...]
+//! [--activations f16|f32]]`: how fast the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are
 //! rotated beyond the device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
 
 mod measure;
@@ -77,21 +77,24 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let (mut json, mut only, mut rows) = (None, None, None);
+    let (mut json, mut only, mut rows, mut activations) = (None, None, None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = Some(arguments.next().context("--json needs a file")?),
             "--format" => only = Some(arguments.next().context("--format needs a part of a name")?),
             "--rows" => rows = Some(parse_rows(&arguments.next().context("--rows needs numbers")?)?),
-            other => bail!("unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...]"),
+            "--activations" => activations = Some(parse_dtype(arguments.next().as_deref())?),
+            other => bail!(
+                "unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...] [--activations f16|f32]"
+            ),
         }
     }
     if let Some(name) = only {
-        return run_some(&name, rows.as_deref().unwrap_or(&SOME_ROWS));
+        return run_some(&name, activations.unwrap_or(DType::F16), rows.as_deref().unwrap_or(&SOME_ROWS));
     }
-    if rows.is_some() {
-        bail!("--rows needs --format");
+    if rows.is_some() || activations.is_some() {
+        bail!("--rows and --activations need --format");
     }
     let report = run()?;
     if let Some(file) = json {
@@ -108,19 +111,27 @@ fn parse_rows(list: &str) -> Result<Vec<usize>> {
     list.split(',').map(row).collect()
 }
 
+fn parse_dtype(name: Option<&str>) -> Result<DType> {
+    match name {
+        Some("f16") => Ok(DType::F16),
+        Some("f32") => Ok(DType::F32),
+        _ => bail!("--activations needs f16 or f32"),
+    }
+}
+
 /// The products of the formats whose names contain `name`.
-fn run_some(name: &str, rows: &[usize]) -> Result<()> {
+fn run_some(name: &str, activations: DType, rows: &[usize]) -> Result<()> {
     let bench = Bench::new()?;
     let copy = bench.copy_rate()?;
     println!("copy {:.0} GB/s\n\n{HEADER}", copy / 1e9);
     for format in FORMATS.into_iter().filter(|format| format.name().contains(name)) {
         for (n, k) in SHAPES {
-            grouped(&bench, copy, format, n, k, rows)?;
+            grouped(&bench, copy, format, [n, k], activations, rows)?;
         }
     }
     for (name, codebook, bits) in TRELLISES.into_iter().filter(|trellis| trellis.0.contains(name)) {
         for (n, k) in SHAPES {
-            trellis(&bench, copy, (name, codebook, bits), n, k, rows)?;
+            trellis(&bench, copy, (name, codebook, bits), [n, k], activations, rows)?;
         }
     }
     Ok(())
@@ -143,19 +154,19 @@ fn run() -> Result<Report> {
     let (mut measured, mut attention) = (Vec::new(), Vec::new());
     for format in FORMATS {
         for (n, k) in SHAPES {
-            measured.extend(grouped(&bench, copy, format, n, k, &[1])?);
-            measured.extend(grouped(&bench, copy, format, LARGE * n, k, &[1])?);
+            measured.extend(grouped(&bench, copy, format, [n, k], DType::F16, &[1])?);
+            measured.extend(grouped(&bench, copy, format, [LARGE * n, k], DType::F16, &[1])?);
         }
     }
     for format in FORMATS {
         for (n, k) in SHAPES {
-            measured.extend(grouped(&bench, copy, format, n, k, &ROWS)?);
+            measured.extend(grouped(&bench, copy, format, [n, k], DType::F16, &ROWS)?);
         }
     }
     for codes in TRELLISES {
         for (n, k) in SHAPES {
-            measured.extend(trellis(&bench, copy, codes, n, k, &[1])?);
-            measured.extend(trellis(&bench, copy, codes, n, k, &ROWS)?);
+            measured.extend(trellis(&bench, copy, codes, [n, k], DType::F16, &[1])?);
+            measured.extend(trellis(&bench, copy, codes, [n, k], DType::F16, &ROWS)?);
         }
     }
     println!("\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|");
@@ -170,10 +181,17 @@ fn run() -> Result<Report> {
 }
 
 /// [`products`] of a grouped format.
-fn grouped(bench: &Bench, copy: f64, format: Format, n: usize, k: usize, rows: &[usize]) -> Result<Vec<Product>> {
+fn grouped(
+    bench: &Bench,
+    copy: f64,
+    format: Format,
+    [n, k]: [usize; 2],
+    activations: DType,
+    rows: &[usize],
+) -> Result<Vec<Product>> {
     let random = &mut Random(77);
     let weight = random.weight(format, GROUP_SIZE, n, k)?;
-    products(bench, copy, format.name(), &weight, rows, random)
+    products(bench, copy, format.name(), &weight, activations, rows, random)
 }
 
 /// [`products`] of EXL3.
@@ -181,21 +199,22 @@ fn trellis(
     bench: &Bench,
     copy: f64,
     (name, codebook, bits): (&'static str, Codebook, u32),
-    n: usize,
-    k: usize,
+    [n, k]: [usize; 2],
+    activations: DType,
     rows: &[usize],
 ) -> Result<Vec<Product>> {
     let random = &mut Random(78);
     let weight = random.trellis(codebook, bits, n, k)?;
-    products(bench, copy, name, &weight, rows, random)
+    products(bench, copy, name, &weight, activations, rows, random)
 }
 
-/// A linear layer of f16 activations for each number of rows.
+/// A linear layer for each number of rows.
 fn products(
     bench: &Bench,
     copy: f64,
     format: &'static str,
     weight: &Weight,
+    activations: DType,
     rows: &[usize],
     random: &mut Random,
 ) -> Result<Vec<Product>> {
@@ -205,8 +224,8 @@ fn products(
     let weights = (0..rotation(bytes)).map(upload).collect::<Result<Vec<_>>>()?;
     let mut measured = Vec::new();
     for &m in rows {
-        let x = bench.normals(DType::F16, &[m, k], random)?;
-        let out = RefCell::new(bench.gpu.zeros(DType::F16, &[m, n])?);
+        let x = bench.normals(activations, &[m, k], random)?;
+        let out = RefCell::new(bench.gpu.zeros(activations, &[m, n])?);
         let seconds = bench.graph_seconds(2 * weights.len(), |i| {
             Ok(bench.gpu.linear(LinearArgs {
                 x: &x,

@@ -26,12 +26,12 @@ use marlin_ops::linear::{
 };
 use marlin_ops::{LinearOps, OpError, Result};
 
+use crate::Gpu;
 use crate::element::Storage;
 use crate::launch::{cubes_for, units};
-use crate::{Buffer, Gpu};
 use embedding::EmbeddingConfig;
 pub use gemv::Gemv;
-use operands::{Combine, Product, grouping};
+use operands::{Combine, Prepared, Product, grouping};
 pub use tensor::{TensorRows, TensorTile};
 pub use tile::{Accumulate, Tile};
 
@@ -60,7 +60,8 @@ pub enum LinearKernel {
     /// Tensor cores, weights straight from memory to their operands, for at most 16 rows. 16-bit activations and 4-bit
     /// weights with f16 scales, N a multiple of 32, K of 128.
     TensorRows(TensorRows),
-    /// As [`LinearKernel::TensorRows`] for any number of rows, which pass through shared memory.
+    /// As [`LinearKernel::TensorRows`] for any number of rows, which pass through shared memory, and for f32 activations too,
+    /// as sums of two bf16.
     TensorTile(TensorTile),
     /// The kernels of EXL3 weights in the shape that they choose, for any number of rows: tensor cores for f16 activations
     /// where their fragments are known, otherwise weights straight from memory to registers.
@@ -77,7 +78,7 @@ impl<R: Runtime> Gpu<R> {
         if args.out.elements() == 0 {
             return Ok(());
         }
-        self.multiply(Some(kernel), &linear_product(&args), None)
+        self.multiply(Some(kernel), &linear_product(&args), &mut Prepared::default())
     }
 
     /// [`LinearOps::gated_up`] by this kernel.
@@ -92,86 +93,59 @@ impl<R: Runtime> Gpu<R> {
         self.gated(Some(kernel), args)
     }
 
-    /// Launches a product; `row_factors` are those of its norm if they are known.
-    fn multiply(
-        &self,
-        kernel: Option<LinearKernel>,
-        product: &Product<'_, R>,
-        row_factors: Option<&Buffer>,
-    ) -> Result<()> {
+    /// Launches a product; `prepared` may be shared with others of the same x and norm.
+    fn multiply(&self, kernel: Option<LinearKernel>, product: &Product<'_, R>, prepared: &mut Prepared) -> Result<()> {
         if let Some(trellis) = product.weight.trellis() {
-            return exl3::multiply(self, kernel, product, trellis, row_factors);
+            return exl3::multiply(self, kernel, product, trellis, prepared);
         }
-        let kernel = kernel.unwrap_or_else(|| select::select(self, product));
-        let factors = if kernel.reads_row_factors() { self.factors(product, row_factors)? } else { None };
-        self.launch_kernel(kernel, product, factors.as_ref())
+        self.launch_kernel(kernel.unwrap_or_else(|| select::select(self, product)), product, prepared)
     }
 
     /// Launches a product by this kernel; the weight is not rotated.
-    fn launch_kernel(&self, kernel: LinearKernel, product: &Product<'_, R>, factors: Option<&Buffer>) -> Result<()> {
+    fn launch_kernel(&self, kernel: LinearKernel, product: &Product<'_, R>, prepared: &mut Prepared) -> Result<()> {
         match kernel {
             LinearKernel::Gemv(shape) => gemv::launch(self, shape, product),
-            LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, factors),
-            LinearKernel::SplitK { tile, splits } => split_k::launch(self, tile, splits, product, factors),
-            LinearKernel::StreamK { tile, workers } => stream_k::launch(self, tile, workers, product, factors),
-            LinearKernel::TensorRows(rows) => tensor::launch(self, tensor::Shape::Rows(rows), product),
-            LinearKernel::TensorTile(tile) => tensor::launch(self, tensor::Shape::Tile(tile), product),
+            LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, prepared.row_factors(self, product)?),
+            LinearKernel::SplitK { tile, splits } => {
+                split_k::launch(self, tile, splits, product, prepared.row_factors(self, product)?)
+            }
+            LinearKernel::StreamK { tile, workers } => {
+                stream_k::launch(self, tile, workers, product, prepared.row_factors(self, product)?)
+            }
+            LinearKernel::TensorRows(rows) => tensor::launch(self, tensor::Shape::Rows(rows), product, prepared),
+            LinearKernel::TensorTile(tile) => tensor::launch(self, tensor::Shape::Tile(tile), product, prepared),
             LinearKernel::Trellis => {
                 Err(limit(self, product.operation, "a weight that is not exl3 by the kernels of exl3".into()))
             }
         }
     }
 
-    /// Launches a product that shares x and the norm with others; `factors` are kept for them.
-    fn multiply_one(
-        &self,
-        kernel: Option<LinearKernel>,
-        product: &Product<'_, R>,
-        factors: &mut Option<Buffer>,
-    ) -> Result<()> {
-        let kernel = match kernel {
-            None if !product.weight.decoder.is_trellis() => Some(select::select(self, product)),
-            kernel => kernel,
-        };
-        if factors.is_none() && kernel.is_none_or(LinearKernel::reads_row_factors) {
-            *factors = self.factors(product, None)?;
-        }
-        self.multiply(kernel, product, factors.as_ref())
-    }
-
-    /// The row factors of a product's norm.
-    fn factors(&self, product: &Product<'_, R>, known: Option<&Buffer>) -> Result<Option<Buffer>> {
-        match (known, &product.norm) {
-            (Some(known), _) => Ok(Some(known.clone())),
-            (None, Some(norm)) => row_factors::launch(self, product.operation, product.x, norm).map(Some),
-            (None, None) => Ok(None),
-        }
-    }
-
-    /// Both weights in one kernel if they are stored alike, else one after the other.
+    /// Both weights in one kernel if they are stored alike and no faster one takes each alone, else one after the other.
     fn gated(&self, kernel: Option<LinearKernel>, args: GatedUpArgs<'_, Self>) -> Result<()> {
         const OP: &str = "gated_up";
         let (gate, up) = (args.gate.data(), args.up.data());
-        let product = |weight, up, activation, combine, out| Product {
+        let product = |weight, activation, combine, out| Product {
             operation: OP,
             x: args.x,
             norm: args.norm,
             weight,
-            up,
+            up: None,
             activation,
             out_scale: 1.0,
             combine,
             out,
         };
-        if gate.decoder == up.decoder && !gate.decoder.is_trellis() {
-            return self.multiply(kernel, &product(gate, Some(up), args.activation, Combine::Nothing, args.out), None);
+        let mut prepared = Prepared::default();
+        let first = product(gate, args.activation, Combine::Nothing, args.out);
+        let apart = kernel.is_none() && tensor::takes_many_rows(self, &first);
+        if gate.decoder == up.decoder && !gate.decoder.is_trellis() && !apart {
+            let both = Product { up: Some(up), ..first };
+            return self.multiply(kernel, &both, &mut prepared);
         }
         let activated = self.scratch(OP, DType::F32, &[args.x.rows(), gate.out_features])?;
-        let mut factors = None;
-        let gate = product(gate, None, args.activation, Combine::Nothing, &activated);
-        self.multiply_one(kernel, &gate, &mut factors)?;
-        let up = product(up, None, Activation::None, Combine::Multiply(&activated), args.out);
-        self.multiply_one(kernel, &up, &mut factors)
+        self.multiply(kernel, &Product { out: &activated, ..first }, &mut prepared)?;
+        let second = product(up, Activation::None, Combine::Multiply(&activated), args.out);
+        self.multiply(kernel, &second, &mut prepared)
     }
 }
 
@@ -196,11 +170,11 @@ fn linear_product<'a, R: Runtime>(args: &'a LinearArgs<'_, Gpu<R>>) -> Product<'
 
 impl<R: Runtime> LinearOps for Gpu<R> {
     fn run_linear(&self, args: LinearArgs<'_, Self>) -> Result<()> {
-        self.multiply(None, &linear_product(&args), None)
+        self.multiply(None, &linear_product(&args), &mut Prepared::default())
     }
 
     fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
-        let mut factors = None;
+        let mut prepared = Prepared::default();
         for projection in args.projections {
             let product = Product {
                 operation: "projections",
@@ -216,7 +190,7 @@ impl<R: Runtime> LinearOps for Gpu<R> {
             if product.weight.out_features == 0 {
                 continue;
             }
-            self.multiply_one(None, &product, &mut factors)?;
+            self.multiply(None, &product, &mut prepared)?;
         }
         Ok(())
     }
@@ -266,13 +240,6 @@ impl<R: Runtime> LinearOps for Gpu<R> {
     fn run_apply_epilogue(&self, args: EpilogueArgs<'_, Self>) -> Result<()> {
         apply::launch(self, &args);
         Ok(())
-    }
-}
-
-impl LinearKernel {
-    /// Whether the row factors of an input norm are found by a kernel before this one.
-    fn reads_row_factors(self) -> bool {
-        matches!(self, Self::Matrix(_) | Self::SplitK { .. } | Self::StreamK { .. } | Self::Trellis)
     }
 }
 

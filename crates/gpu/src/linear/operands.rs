@@ -2,10 +2,12 @@
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use marlin_ops::Tensor;
 use marlin_ops::linear::{Activation, InputNorm};
+use marlin_ops::{Result, Tensor};
 
 use super::epilogue::{Epilogue, flags};
+use super::row_factors;
+use super::tensor::split;
 use crate::decode::{Decoder, Scale};
 use crate::element::{Storage, load};
 use crate::weight::GpuWeight;
@@ -33,6 +35,35 @@ pub(super) struct Product<'a, R: Runtime> {
     pub(super) combine: Combine<'a, R>,
     /// `[M, N]`.
     pub(super) out: &'a Tensor<Gpu<R>>,
+}
+
+/// What products that share x and the norm need of them, found once.
+#[derive(Default)]
+pub(super) struct Prepared {
+    row_factors: Option<Buffer>,
+    parts: Option<Buffer>,
+}
+
+impl Prepared {
+    /// The row factors of the products' norm, none without one.
+    pub(super) fn row_factors<R: Runtime>(
+        &mut self,
+        gpu: &Gpu<R>,
+        product: &Product<'_, R>,
+    ) -> Result<Option<&Buffer>> {
+        if let (None, Some(norm)) = (&self.row_factors, &product.norm) {
+            self.row_factors = Some(row_factors::launch(gpu, product.operation, product.x, norm)?);
+        }
+        Ok(self.row_factors.as_ref())
+    }
+
+    /// The f32 rows as sums of two bf16, after the norm: see [`split`].
+    pub(super) fn parts<R: Runtime>(&mut self, gpu: &Gpu<R>, product: &Product<'_, R>) -> Result<Buffer> {
+        match &self.parts {
+            Some(parts) => Ok(parts.clone()),
+            None => Ok(self.parts.insert(split::launch(gpu, product)?).clone()),
+        }
+    }
 }
 
 /// How rows of activations are read.

@@ -16,12 +16,12 @@ use marlin_formats::DType;
 use marlin_ops::linear::Activation;
 use marlin_ops::{Result, Tensor};
 
-use super::operands::{Combine, Product};
+use super::operands::{Combine, Prepared, Product};
 use super::tile::{Accumulate, Tile};
 use super::{LinearKernel, limit};
+use crate::Gpu;
 use crate::decode::{Codes, Trellis};
 use crate::weight::GpuWeight;
-use crate::{Buffer, Gpu};
 use rotate::Channels;
 pub(crate) use unfold::{Rows, Unfolded, unfold};
 
@@ -53,27 +53,27 @@ impl GpuWeight {
     }
 }
 
-/// Launches a product with an EXL3 weight; `row_factors` are those of its norm if they are known.
+/// Launches a product with an EXL3 weight.
 pub(super) fn multiply<R: Runtime>(
     gpu: &Gpu<R>,
     kernel: Option<LinearKernel>,
     product: &Product<'_, R>,
     trellis: Trellis,
-    known: Option<&Buffer>,
+    prepared: &mut Prepared,
 ) -> Result<()> {
     let operation = product.operation;
     if let Some(kernel @ (LinearKernel::Gemv(_) | LinearKernel::TensorRows(_) | LinearKernel::TensorTile(_))) = kernel {
         return Err(limit(gpu, operation, format!("an exl3 weight by {kernel:?}")));
     }
-    let factors = gpu.factors(product, known)?;
+    let factors = prepared.row_factors(gpu, product)?;
     // Rows of bf16 could overflow or vanish in the f16 of the operands.
     let on_tensor_cores = tensor::takes(product.x.dtype()) && tensor::available(gpu);
     if on_tensor_cores && matches!(kernel, None | Some(LinearKernel::Trellis)) {
-        return tensor::launch(gpu, product, trellis, factors.as_ref());
+        return tensor::launch(gpu, product, trellis, factors);
     }
     let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
     let x = gpu.scratch(operation, DType::F32, &[m, k])?;
-    rotate::input(gpu, product, factors.as_ref(), Channels::Neighbours, &x);
+    rotate::input(gpu, product, factors, Channels::Neighbours, &x);
     match kernel {
         Some(LinearKernel::Trellis) => few_rows(gpu, product, trellis, &x),
         None if m <= rows::MOST_ROWS => few_rows(gpu, product, trellis, &x),
@@ -91,7 +91,7 @@ pub(super) fn multiply<R: Runtime>(
                 combine: Combine::Nothing,
                 out: &out,
             };
-            gpu.launch_kernel(kernel.unwrap_or(LinearKernel::Matrix(tile)), &inner, None)?;
+            gpu.launch_kernel(kernel.unwrap_or(LinearKernel::Matrix(tile)), &inner, &mut Prepared::default())?;
             rotate::output(gpu, product, &out, 1);
             Ok(())
         }

@@ -1,10 +1,13 @@
-//! Products of 16-bit activations and 4-bit weights on tensor cores whose fragments are known (`m16n8k16` of planes of 32),
+//! Products of 16-bit or f32 activations and 4-bit weights on tensor cores whose fragments are known (`m16n8k16` of planes of 32),
 //! with f32 sums and the weights as they are stored. Codes enter the products exactly (their differences with zero points
 //! are rounded once) and groups are scaled in f32.
 
 mod fragment;
 mod rows;
+pub(super) mod split;
 pub(super) mod stage;
+#[cfg(all(test, feature = "cuda"))]
+mod tests;
 mod tile;
 
 use cubecl::ir::features::MmaConfig;
@@ -17,11 +20,12 @@ use marlin_ops::{Result, Tensor};
 
 use super::epilogue::Epilogue;
 use super::exl3::rotate::has_planes;
-use super::operands::Product;
+use super::operands::{Prepared, Product};
+use super::select::FEW_ROWS;
 use super::{LinearKernel, limit, split_k};
-use crate::Gpu;
 use crate::decode::{Codes, Decoder, Levels, Scale};
 use crate::element::Storage;
+use crate::{Buffer, Gpu};
 use fragment::{Code, Operand};
 pub use rows::TensorRows;
 use rows::{BLOCK, MOST_ROWS};
@@ -45,6 +49,8 @@ pub(super) enum Shape {
 struct Call {
     code: Code,
     operand: Operand,
+    /// Parts whose sum x is.
+    parts: usize,
     /// Binary logarithm of the steps of a group; 31 if there is one group.
     group_shift: u32,
 }
@@ -52,6 +58,8 @@ struct Call {
 /// Where a kernel writes, and how: the product's output, or the partial sums of slices of K.
 struct Target<'a, R: Runtime> {
     product: &'a Product<'a, R>,
+    /// `[parts, M, K]`.
+    x: &'a Buffer,
     out: &'a Tensor<Gpu<R>>,
     epilogue: Epilogue,
     flags: u32,
@@ -61,10 +69,10 @@ struct Target<'a, R: Runtime> {
 impl Call {
     /// What stands against the kernels, if something does.
     fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> std::result::Result<Self, &'static str> {
-        let operand = match product.x.dtype() {
-            DType::F16 => Operand::F16,
-            DType::BF16 => Operand::BF16,
-            _ => return Err("f32 activations on tensor cores"),
+        let (operand, parts) = match product.x.dtype() {
+            DType::F16 => (Operand::F16, 1),
+            DType::BF16 => (Operand::BF16, 1),
+            _ => (Operand::BF16, split::PARTS),
         };
         if !has_fragments(gpu, operand) {
             return Err("m16n8k16 products of planes of 32 units");
@@ -74,8 +82,11 @@ impl Call {
         if code == Code::Int4Zero && product.out.dtype() == DType::F32 {
             return Err("zero points of f32 results on tensor cores, which round them");
         }
-        if product.norm.is_some() || product.up.is_some() {
-            return Err("an input norm or a gated product on tensor cores");
+        if product.norm.is_some() && parts == 1 {
+            return Err("an input norm of 16-bit activations on tensor cores");
+        }
+        if product.up.is_some() {
+            return Err("a gated product on tensor cores");
         }
         let [_, n, k] = product.shape();
         if k == 0 || !k.is_multiple_of(BLOCK) || !n.is_multiple_of(32) {
@@ -87,7 +98,7 @@ impl Call {
             steps if group_size.is_multiple_of(STEP) && steps.is_power_of_two() => steps.ilog2(),
             _ => return Err("groups of other sizes than 32, 64, 128 ... on tensor cores"),
         };
-        Ok(Self { code, operand, group_shift })
+        Ok(Self { code, operand, parts, group_shift })
     }
 }
 
@@ -116,12 +127,21 @@ fn code_of(decoder: Decoder) -> Option<Code> {
 }
 
 /// Launches a kernel, and the one that adds slices of K.
-pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: Shape, product: &Product<'_, R>) -> Result<()> {
+pub(super) fn launch<R: Runtime>(
+    gpu: &Gpu<R>,
+    shape: Shape,
+    product: &Product<'_, R>,
+    prepared: &mut Prepared,
+) -> Result<()> {
     let operation = product.operation;
     let call = Call::new(gpu, product).map_err(|what| limit(gpu, operation, what.into()))?;
     let slices = match shape {
         Shape::Rows(rows) => rows.slices,
         Shape::Tile(tile) => tile.slices,
+    };
+    let x = match call.parts {
+        1 => product.x.buffer().clone(),
+        _ => prepared.parts(gpu, product)?,
     };
     let run = |target: Target<'_, R>| match shape {
         Shape::Rows(rows) => rows::launch(gpu, rows, &call, &target),
@@ -130,14 +150,14 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: Shape, product: &Product<'
     match slices {
         1 => {
             let (epilogue, flags, out_scale) = (product.epilogue(), product.flags(), product.out_scale);
-            run(Target { product, out: product.out, epilogue, flags, out_scale })
+            run(Target { product, x: &x, out: product.out, epilogue, flags, out_scale })
         }
         2..=64 => {
             let [m, n, _] = product.shape();
             let partials = gpu.scratch(operation, DType::F32, &[slices, 1, m, n])?;
             let (activation, residual) = (Activation::None, product.epilogue().residual);
             let epilogue = Epilogue { activation, gated: false, in_place: false, residual, out: Storage::F32 };
-            run(Target { product, out: &partials, epilogue, flags: 0, out_scale: 1.0 })?;
+            run(Target { product, x: &x, out: &partials, epilogue, flags: 0, out_scale: 1.0 })?;
             split_k::add_slices(gpu, product, &partials, slices);
             Ok(())
         }
@@ -147,13 +167,20 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: Shape, product: &Product<'
 
 /// The kernel for a product that suits, by what was measured on an H200.
 pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Option<LinearKernel> {
-    Call::new(gpu, product).ok()?;
+    let call = Call::new(gpu, product).ok()?;
     let [m, n, k] = product.shape();
     let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
-    Some(match m {
-        0..=MOST_ROWS => LinearKernel::TensorRows(few_rows(cores, m, n, k)),
-        _ => LinearKernel::TensorTile(tile(cores, m, n, k)),
-    })
+    match (call.parts, m) {
+        (1, 0..=MOST_ROWS) => Some(LinearKernel::TensorRows(few_rows(cores, m, n, k))),
+        // Other kernels read the weights as fast.
+        (split::PARTS, 0..=FEW_ROWS) => None,
+        (parts, _) => Some(LinearKernel::TensorTile(tile(cores, parts, m, n, k))),
+    }
+}
+
+/// Whether [`select`] has a kernel for many rows.
+pub(super) fn takes_many_rows<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> bool {
+    matches!(select(gpu, product), Some(LinearKernel::TensorTile(_)))
 }
 
 /// 32 planes a core in all, and two tiles where rows of x are read as often as weights.
@@ -176,15 +203,16 @@ fn few_rows(cores: usize, m: usize, n: usize, k: usize) -> TensorRows {
 }
 
 /// Tall tiles while they, or slices of K, fill the device, otherwise lower ones.
-fn tile(cores: usize, m: usize, n: usize, k: usize) -> TensorTile {
+fn tile(cores: usize, parts: usize, m: usize, n: usize, k: usize) -> TensorTile {
+    let steps = 4 / parts;
     let fits = |planes: &usize| n.is_multiple_of(32 * planes);
     let planes_n = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
     let cubes = |tile: TensorTile| m.div_ceil(tile.rows()) * n / tile.columns();
     let tile = if m <= 64 {
         let (row_blocks, planes_n) = (if m <= 32 { 4 } else { 8 }, planes_n.min(4));
-        TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps: 4, rescale: false, slices: 1 }
+        TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps, rescale: false, slices: 1 }
     } else {
-        TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps: 4, rescale: true, slices: 1 }
+        TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps, rescale: true, slices: 1 }
     };
     TensorTile { slices: slices(cores, cubes(tile), k), ..tile }
 }

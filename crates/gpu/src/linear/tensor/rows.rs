@@ -428,6 +428,9 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, shape: TensorRows, call: &Call, target: &
     let refuse = |what: String| Err(limit(gpu, target.product.operation, what));
     let [m, n, k] = target.product.shape();
     let TensorRows { columns, tiles, planes, prefetch, staged, .. } = shape;
+    if call.parts != 1 {
+        return refuse("f32 activations by the kernel of few rows on tensor cores".into());
+    }
     if m > MOST_ROWS || !matches!(columns, 2 | 4) || tiles == 0 || !n.is_multiple_of(8 * columns * tiles) {
         return refuse(format!("{m} x {n} outputs in {tiles} tiles of 8 x {columns} columns and {MOST_ROWS} rows"));
     }
@@ -476,7 +479,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, shape: TensorRows, call: &Call, t
             product.weight.words_arg(config.columns),
             product.weight.scales_arg(config.columns),
             product.weight.zeros_arg(config.columns),
-            product.x.buffer().arg(product.x.elements() / 8),
+            target.x.arg(product.x.elements() / 8),
             product.weight.bias_arg(gpu),
             product.residual_arg(gpu),
             target.out.buffer().arg(target.out.elements()),

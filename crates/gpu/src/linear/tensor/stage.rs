@@ -6,10 +6,12 @@ use cubecl::prelude::*;
 
 use super::fragment::pair_up;
 
-/// Rows of x in shared memory: `[stage, step, row, 4]` vectors of eight 16-bit values. A step is 32 input features.
+/// Rows of x in shared memory: `[stage, step, part, row, 4]` vectors of eight 16-bit values. A step is 32 input features.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub(in crate::linear) struct Stage {
     pub(in crate::linear) rows: usize,
+    /// Parts whose sum x is.
+    pub(in crate::linear) parts: usize,
     /// Steps of a stage.
     pub(in crate::linear) steps: usize,
     /// Units that fill it.
@@ -21,16 +23,21 @@ pub(in crate::linear) struct Stage {
 impl Stage {
     /// Vectors of a step that a unit stages.
     pub(in crate::linear) const fn own(self) -> usize {
-        4 * self.rows / self.units
+        self.step_vectors() / self.units
+    }
+
+    /// Vectors of a step.
+    pub(in crate::linear) const fn step_vectors(self) -> usize {
+        4 * self.rows * self.parts
     }
 
     /// Vectors of a stage.
     pub(in crate::linear) const fn vectors(self) -> usize {
-        4 * self.rows * self.steps
+        self.step_vectors() * self.steps
     }
 }
 
-/// Where the rows begin whose vectors a unit stages, counted in vectors of x.
+/// Where the rows begin whose vectors a unit stages, counted in vectors of x, `[parts, M, K / 8]`.
 #[cube]
 pub(in crate::linear) fn first_vectors(stager: usize, m: u32, k: u32, #[comptime] s: Stage) -> Array<usize> {
     let mut first = Array::<usize>::new(comptime!(s.own()));
@@ -38,9 +45,10 @@ pub(in crate::linear) fn first_vectors(stager: usize, m: u32, k: u32, #[comptime
     #[unroll]
     for i in 0..comptime!(s.own()) {
         let e = stager + comptime!(i * s.units);
-        let wanted = CUBE_POS_X as usize * comptime!(s.rows) + e / 4;
+        let part = e / comptime!(4 * s.rows);
+        let wanted = CUBE_POS_X as usize * comptime!(s.rows) + e / 4 % comptime!(s.rows);
         // Rows beyond the last are computed from the last and not written.
-        first[i] = select(wanted < last, wanted, last) * (k as usize / 8) + e % 4;
+        first[i] = (part * m as usize + select(wanted < last, wanted, last)) * (k as usize / 8) + e % 4;
     }
     first
 }
@@ -72,7 +80,7 @@ pub(in crate::linear) fn store_x(
     #[comptime] step: usize,
     #[comptime] s: Stage,
 ) {
-    let first = buffer * comptime!(s.vectors()) + comptime!(4 * s.rows * step) + stager;
+    let first = buffer * comptime!(s.vectors()) + comptime!(s.step_vectors() * step) + stager;
     #[unroll]
     for i in 0..comptime!(s.own()) {
         let vector = if comptime!(s.paired) { pair_up(xv[i]) } else { xv[i] };
@@ -94,7 +102,7 @@ pub(in crate::linear) fn zero_sums(#[comptime] row_blocks: usize) -> Sequence<Ar
     sums
 }
 
-/// Multiplies the rows of a staged step with a lane's operands: [product, half of the step].
+/// Multiplies the rows of a part of a staged step with a lane's operands: [product, half of the step].
 #[cube]
 pub(in crate::linear) fn multiply_step<F: Float>(
     shared: &Shared<[Vector<u32, Const<4>>]>,

@@ -50,6 +50,8 @@ impl TensorTile {
 struct TileConfig {
     code: Code,
     operand: Operand,
+    /// Parts whose sum x is.
+    parts: usize,
     row_blocks: usize,
     planes_m: usize,
     planes_n: usize,
@@ -74,7 +76,7 @@ impl TileConfig {
     /// How rows of x lie in shared memory, for each part of K.
     const fn stage(self) -> Stage {
         let units = 32 * self.planes_m * self.planes_n;
-        Stage { rows: self.rows(), steps: self.steps, units, paired: true }
+        Stage { rows: self.rows(), parts: self.parts, steps: self.steps, units, paired: true }
     }
 
     /// Scale vectors of a stage that a lane holds.
@@ -92,7 +94,7 @@ impl TileConfig {
     }
 }
 
-/// Operands as of [`super::rows`]. A cube of 32 by `planes` computes `rows` rows of `32 planes_n` columns of a slice of K.
+/// Operands as of [`super::rows`], x in [`TileConfig::parts`] parts. A cube of 32 by `planes` computes `rows` rows of `32 planes_n` columns of a slice of K.
 /// Groups have `2^group_shift` steps.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
@@ -182,8 +184,12 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
                 w[step] = words[((next * comptime!(c.steps) + step) * 4 + t) * quads + column];
                 load_scales(scales, zeros, &mut s, &mut z, next, step, group_shift, quads, column, c);
                 let row = plane_m * comptime!(8 * c.row_blocks) + g;
-                let from = buffer * comptime!(c.stage().vectors()) + comptime!(4 * c.rows() * step) + row * 4 + t;
-                multiply_step::<F>(&shared, &mut sums, &weights, from, c.row_blocks);
+                let from = buffer * comptime!(c.stage().vectors()) + comptime!(c.stage().step_vectors() * step);
+                #[unroll]
+                for x_part in 0..comptime!(c.parts) {
+                    let from = from + comptime!(4 * c.rows() * x_part) + row * 4 + t;
+                    multiply_step::<F>(&shared, &mut sums, &weights, from, c.row_blocks);
+                }
                 store_x(&mut shared, &xv, other, stager, step, comptime!(c.stage()));
             }
         }
@@ -464,6 +470,7 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &T
     let config = TileConfig {
         code: call.code,
         operand: call.operand,
+        parts: call.parts,
         row_blocks,
         planes_m,
         planes_n,
@@ -500,7 +507,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, ta
             product.weight.words_arg(4),
             product.weight.scales_arg(4),
             product.weight.zeros_arg(4),
-            product.x.buffer().arg(product.x.elements() / 8),
+            target.x.arg(call.parts * product.x.elements() / 8),
             product.weight.bias_arg(gpu),
             product.residual_arg(gpu),
             target.out.buffer().arg(target.out.elements() / 4),

@@ -107,7 +107,7 @@ impl TileConfig {
 
     /// How rows of x lie in shared memory.
     const fn stage(self) -> Stage {
-        Stage { rows: self.rows(), steps: self.steps, units: LANES * self.planes, paired: false }
+        Stage { rows: self.rows(), parts: 1, steps: self.steps, units: LANES * self.planes, paired: false }
     }
 
     const fn shared_bytes(self) -> usize {
