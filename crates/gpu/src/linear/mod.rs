@@ -14,7 +14,7 @@ mod row_factors;
 mod select;
 mod split_k;
 mod stream_k;
-mod tensor;
+pub(crate) mod tensor;
 #[cfg(all(test, feature = "vulkan"))]
 mod tests;
 mod tile;
@@ -31,7 +31,8 @@ use crate::element::Storage;
 use crate::launch::{cubes_for, units};
 use embedding::EmbeddingConfig;
 pub use gemv::Gemv;
-use operands::{Combine, Prepared, Product, grouping};
+pub(crate) use operands::Prepared;
+use operands::{Combine, Product, grouping};
 pub use tensor::{TensorRows, TensorTile};
 pub use tile::{Accumulate, Tile};
 

@@ -39,7 +39,7 @@ pub(super) struct Product<'a, R: Runtime> {
 
 /// What products that share x and the norm need of them, found once.
 #[derive(Default)]
-pub(super) struct Prepared {
+pub(crate) struct Prepared {
     row_factors: Option<Buffer>,
     parts: Option<Buffer>,
 }

@@ -11,7 +11,7 @@ use marlin_ops::{Result, Tensor};
 
 use super::experts::Bank;
 use super::gemm::SortedRows;
-use super::mlp::{Call, ExpertKernel, OP};
+use super::mlp::{Call, ExpertKernel, ExpertStrategy, OP};
 use crate::Gpu;
 use crate::element::{Storage, load};
 use crate::launch::{cubes, cubes_for, units};
@@ -293,6 +293,9 @@ impl<R: Runtime> Call<'_, R> {
             Order::Assignments { ids, slots, check } => {
                 self.rows(gpu, ids, *slots, out, kernel, *check);
                 Ok(())
+            }
+            Order::Sorted { rows, slots } if kernel.strategy == ExpertStrategy::Tensor => {
+                self.tensor_tiles(gpu, rows, *slots, out, kernel)
             }
             Order::Sorted { rows, slots } => self.tiles(gpu, rows, *slots, out, kernel),
         }

@@ -69,16 +69,19 @@ impl<R: Runtime> Gpu<R> {
     }
 
     pub(super) fn choose_grouped(&self, args: &GroupedGemmArgs<'_, Self>) -> Result<()> {
-        let kernel = match args.out.rows() / args.experts.count().max(1) {
-            0..=8 => ExpertKernel::grouped(8),
-            9..=32 => ExpertKernel::grouped(32),
+        let (rows, experts) = (args.out.rows(), args.experts.count());
+        let suits = |group| Call::projection(args, group).suits_tensor_cores(self, args.x.dtype());
+        let kernel = match (ExpertKernel::tensor_for(rows, experts), rows / experts.max(1)) {
+            (Some(kernel), _) if args.experts.data().groups.iter().all(suits) => kernel,
+            (_, 0..=8) => ExpertKernel::grouped(8),
+            (_, 9..=32) => ExpertKernel::grouped(32),
             _ => ExpertKernel::grouped(64),
         };
         self.grouped_gemm(args, &kernel)
     }
 
     fn grouped_gemm(&self, args: &GroupedGemmArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
-        if kernel.strategy != ExpertStrategy::Grouped {
+        if !matches!(kernel.strategy, ExpertStrategy::Grouped | ExpertStrategy::Tensor) {
             let what = format!("rows sorted by expert by {kernel:?}");
             return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
         }

@@ -22,6 +22,9 @@ pub enum ExpertStrategy {
     Fused,
     /// Assignments sorted by expert; a cube for each tile of rows of one expert and stretch of columns.
     Grouped,
+    /// As [`ExpertStrategy::Grouped`], by the tensor-core kernel of linear layers: int4 and E2M1 with f16 scales, N a
+    /// multiple of 32, K of 128.
+    Tensor,
     /// A cube for each assignment and stretch of columns.
     Parallel,
 }
@@ -31,11 +34,11 @@ pub enum ExpertStrategy {
 pub struct ExpertKernel {
     /// How work is shared out.
     pub strategy: ExpertStrategy,
-    /// Rows of a tile: a power of two if grouped, else 1.
+    /// Rows of a tile: a power of two if grouped, 32, 64 or 128 on tensor cores, else 1.
     pub tile_m: usize,
-    /// Columns of a tile, a power of two; hidden values in shared memory if fused.
+    /// Columns of a tile, a power of two; hidden values in shared memory if fused; chosen by the kernel on tensor cores.
     pub tile_n: usize,
-    /// Input features in shared memory.
+    /// Input features in shared memory; chosen by the kernel on tensor cores.
     pub tile_k: usize,
 }
 
@@ -48,6 +51,21 @@ impl ExpertKernel {
     /// The default of the grouped strategy for tiles of `tile_m` rows.
     pub const fn grouped(tile_m: usize) -> Self {
         Self { strategy: ExpertStrategy::Grouped, tile_m, tile_n: 64, tile_k: 32 }
+    }
+
+    /// The tensor-core strategy for tiles of `tile_m` rows.
+    pub const fn tensor(tile_m: usize) -> Self {
+        Self { strategy: ExpertStrategy::Tensor, tile_m, tile_n: 0, tile_k: 0 }
+    }
+
+    /// The same for so many rows, if there are not too many tiles for a launch.
+    pub(super) fn tensor_for(rows: usize, experts: usize) -> Option<Self> {
+        let tile_m = match rows / experts.max(1) {
+            0..=32 => 32,
+            33..=64 => 64,
+            _ => 128,
+        };
+        (rows / tile_m + experts <= MOST_TILES).then_some(Self::tensor(tile_m))
     }
 
     /// The kernel for this many tokens: the experts' weights are read once for each assignment, or once for each tile.
@@ -69,6 +87,7 @@ impl ExpertKernel {
             }
             ExpertStrategy::Fused => tile_m == 1 && (1024..=2048).contains(&tile_n) && (1024..=4096).contains(&tile_k),
             ExpertStrategy::Grouped => true,
+            ExpertStrategy::Tensor => matches!(tile_m, 32 | 64 | 128),
         };
         (!shapes).then(|| format!("experts by {self:?}"))
     }
@@ -76,6 +95,9 @@ impl ExpertKernel {
 
 /// Largest number of tokens that is not sorted by expert.
 const DECODE_TOKENS: usize = 4;
+
+/// Cubes along a dimension that all devices allow.
+const MOST_TILES: usize = 65_535;
 
 /// Products of rows with one or two projections of a group's experts.
 pub(super) struct Call<'a, R: Runtime> {
@@ -104,8 +126,22 @@ impl<R: Runtime> Gpu<R> {
     }
 
     pub(super) fn choose_and_run(&self, args: &ExpertMlpArgs<'_, Self>) -> Result<()> {
-        let kernel = ExpertKernel::choose(args.x.rows(), args.ids.columns(), args.experts.count());
+        let (tokens, top_k, experts) = (args.x.rows(), args.ids.columns(), args.experts.count());
+        let kernel = match ExpertKernel::tensor_for(tokens * top_k, experts) {
+            Some(kernel) if tokens > DECODE_TOKENS && self.experts_suit_tensor_cores(args) => kernel,
+            _ => ExpertKernel::choose(tokens, top_k, experts),
+        };
         self.expert_mlp(args, &kernel)
+    }
+
+    /// Whether all projections go through the tensor-core kernel.
+    fn experts_suit_tensor_cores(&self, args: &ExpertMlpArgs<'_, Self>) -> bool {
+        // The hidden vectors are f32.
+        let suits = |group| {
+            Call::gated(args, group).suits_tensor_cores(self, args.x.dtype())
+                && Call::down(args, group, args.x).suits_tensor_cores(self, DType::F32)
+        };
+        args.experts.data().groups.iter().all(suits)
     }
 
     fn expert_mlp(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
@@ -118,7 +154,7 @@ impl<R: Runtime> Gpu<R> {
         }
         match kernel.strategy {
             ExpertStrategy::Fused => self.expert_mlp_fused(args, kernel),
-            ExpertStrategy::Grouped => self.expert_mlp_grouped(args, kernel),
+            ExpertStrategy::Grouped | ExpertStrategy::Tensor => self.expert_mlp_grouped(args, kernel),
             ExpertStrategy::Parallel => self.expert_mlp_parallel(args, kernel),
         }
     }

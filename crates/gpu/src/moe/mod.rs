@@ -12,6 +12,7 @@ mod group;
 mod grouped;
 mod mlp;
 mod route;
+mod tensor;
 
 use cubecl::prelude::*;
 use marlin_ops::moe::{AuxLossArgs, CombineArgs, ExpertMlpArgs, GroupArgs, GroupedGemmArgs, RouteArgs};

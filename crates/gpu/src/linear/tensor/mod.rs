@@ -2,6 +2,7 @@
 //! with f32 sums and the weights as they are stored. Codes enter the products exactly (their differences with zero points
 //! are rounded once) and groups are scaled in f32.
 
+mod experts;
 mod fragment;
 mod rows;
 pub(super) mod split;
@@ -26,6 +27,7 @@ use super::{LinearKernel, limit, split_k};
 use crate::decode::{Codes, Decoder, Levels, Scale};
 use crate::element::Storage;
 use crate::{Buffer, Gpu};
+pub(crate) use experts::{ExpertProduct, ExpertRows, shape as expert_shape};
 use fragment::{Code, Operand};
 pub use rows::TensorRows;
 use rows::{BLOCK, MOST_ROWS};
@@ -58,6 +60,8 @@ struct Call {
 /// Where a kernel writes, and how: the product's output, or the partial sums of slices of K.
 struct Target<'a, R: Runtime> {
     product: &'a Product<'a, R>,
+    /// Where its weight is that of many experts.
+    experts: Option<&'a ExpertRows<'a, R>>,
     /// `[parts, M, K]`.
     x: &'a Buffer,
     out: &'a Tensor<Gpu<R>>,
@@ -69,7 +73,25 @@ struct Target<'a, R: Runtime> {
 impl Call {
     /// What stands against the kernels, if something does.
     fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> std::result::Result<Self, &'static str> {
-        let (operand, parts) = match product.x.dtype() {
+        if product.norm.is_some() && product.x.dtype() != DType::F32 {
+            return Err("an input norm of 16-bit activations on tensor cores");
+        }
+        if product.up.is_some() {
+            return Err("a gated product on tensor cores");
+        }
+        let [_, n, k] = product.shape();
+        Self::of(gpu, product.x.dtype(), product.weight.decoder, [n, k], product.out.dtype())
+    }
+
+    /// The same of a product without a norm or a second weight.
+    fn of<R: Runtime>(
+        gpu: &Gpu<R>,
+        x: DType,
+        decoder: Decoder,
+        [n, k]: [usize; 2],
+        out: DType,
+    ) -> std::result::Result<Self, &'static str> {
+        let (operand, parts) = match x {
             DType::F16 => (Operand::F16, 1),
             DType::BF16 => (Operand::BF16, 1),
             _ => (Operand::BF16, split::PARTS),
@@ -77,22 +99,14 @@ impl Call {
         if !has_fragments(gpu, operand) {
             return Err("m16n8k16 products of planes of 32 units");
         }
-        let code =
-            code_of(product.weight.decoder).ok_or("weights on tensor cores but int4 and E2M1 with f16 scales")?;
-        if code == Code::Int4Zero && product.out.dtype() == DType::F32 {
+        let code = code_of(decoder).ok_or("weights on tensor cores but int4 and E2M1 with f16 scales")?;
+        if code == Code::Int4Zero && out == DType::F32 {
             return Err("zero points of f32 results on tensor cores, which round them");
         }
-        if product.norm.is_some() && parts == 1 {
-            return Err("an input norm of 16-bit activations on tensor cores");
-        }
-        if product.up.is_some() {
-            return Err("a gated product on tensor cores");
-        }
-        let [_, n, k] = product.shape();
         if k == 0 || !k.is_multiple_of(BLOCK) || !n.is_multiple_of(32) {
             return Err("N that is no multiple of 32 or K that is none of 128 on tensor cores");
         }
-        let group_size = product.weight.decoder.group_size;
+        let group_size = decoder.group_size;
         let group_shift = match group_size / STEP {
             _ if group_size >= k => 31,
             steps if group_size.is_multiple_of(STEP) && steps.is_power_of_two() => steps.ilog2(),
@@ -139,10 +153,7 @@ pub(super) fn launch<R: Runtime>(
         Shape::Rows(rows) => rows.slices,
         Shape::Tile(tile) => tile.slices,
     };
-    let x = match call.parts {
-        1 => product.x.buffer().clone(),
-        _ => prepared.parts(gpu, product)?,
-    };
+    let x = rows_of_parts(gpu, &call, product, prepared)?;
     let run = |target: Target<'_, R>| match shape {
         Shape::Rows(rows) => rows::launch(gpu, rows, &call, &target),
         Shape::Tile(tile) => tile::launch(gpu, tile, &call, &target),
@@ -150,18 +161,31 @@ pub(super) fn launch<R: Runtime>(
     match slices {
         1 => {
             let (epilogue, flags, out_scale) = (product.epilogue(), product.flags(), product.out_scale);
-            run(Target { product, x: &x, out: product.out, epilogue, flags, out_scale })
+            run(Target { product, experts: None, x: &x, out: product.out, epilogue, flags, out_scale })
         }
         2..=64 => {
             let [m, n, _] = product.shape();
             let partials = gpu.scratch(operation, DType::F32, &[slices, 1, m, n])?;
             let (activation, residual) = (Activation::None, product.epilogue().residual);
             let epilogue = Epilogue { activation, gated: false, in_place: false, residual, out: Storage::F32 };
-            run(Target { product, x: &x, out: &partials, epilogue, flags: 0, out_scale: 1.0 })?;
+            run(Target { product, experts: None, x: &x, out: &partials, epilogue, flags: 0, out_scale: 1.0 })?;
             split_k::add_slices(gpu, product, &partials, slices);
             Ok(())
         }
         _ => Err(limit(gpu, operation, format!("{slices} slices of K (1 to 64)"))),
+    }
+}
+
+/// x as the kernels take it.
+fn rows_of_parts<R: Runtime>(
+    gpu: &Gpu<R>,
+    call: &Call,
+    product: &Product<'_, R>,
+    prepared: &mut Prepared,
+) -> Result<Buffer> {
+    match call.parts {
+        1 => Ok(product.x.buffer().clone()),
+        _ => prepared.parts(gpu, product),
     }
 }
 
@@ -204,17 +228,22 @@ fn few_rows(cores: usize, m: usize, n: usize, k: usize) -> TensorRows {
 
 /// Tall tiles while they, or slices of K, fill the device, otherwise lower ones.
 fn tile(cores: usize, parts: usize, m: usize, n: usize, k: usize) -> TensorTile {
-    let steps = 4 / parts;
+    let tile = tile_of(parts, m, n);
+    let cubes = m.div_ceil(tile.rows()) * n / tile.columns();
+    TensorTile { slices: slices(cores, cubes, k), ..tile }
+}
+
+/// A tile for so many rows, of at most 128.
+fn tile_of(parts: usize, rows: usize, n: usize) -> TensorTile {
     let fits = |planes: &usize| n.is_multiple_of(32 * planes);
     let planes_n = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
-    let cubes = |tile: TensorTile| m.div_ceil(tile.rows()) * n / tile.columns();
-    let tile = if m <= 64 {
-        let (row_blocks, planes_n) = (if m <= 32 { 4 } else { 8 }, planes_n.min(4));
+    let steps = 4 / parts;
+    if rows <= 64 {
+        let (row_blocks, planes_n) = (if rows <= 32 { 4 } else { 8 }, planes_n.min(4));
         TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps, rescale: false, slices: 1 }
     } else {
         TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps, rescale: true, slices: 1 }
-    };
-    TensorTile { slices: slices(cores, cubes(tile), k), ..tile }
+    }
 }
 
 /// Slices of K that give every core a cube, of at least 8 stages of 128 features each.

@@ -37,18 +37,40 @@ impl Stage {
     }
 }
 
+/// The row of the cube that vector `i` of a unit's belongs to.
+#[cube]
+pub(in crate::linear) fn row_of(stager: usize, #[comptime] i: usize, #[comptime] s: Stage) -> usize {
+    (stager + comptime!(i * s.units)) / 4 % comptime!(s.rows)
+}
+
+/// The rows that a unit's vectors belong to, of a cube that has those from `first` on, which are not all before `end`.
+#[cube]
+pub(in crate::linear) fn rows_from(stager: usize, first: usize, end: usize, #[comptime] s: Stage) -> Array<usize> {
+    let mut rows = Array::<usize>::new(comptime!(s.own()));
+    let last = end - 1;
+    #[unroll]
+    for i in 0..comptime!(s.own()) {
+        let wanted = first + row_of(stager, i, s);
+        // Rows beyond the last are computed from the last and not written.
+        rows[i] = select(wanted < last, wanted, last);
+    }
+    rows
+}
+
 /// Where the rows begin whose vectors a unit stages, counted in vectors of x, `[parts, M, K / 8]`.
 #[cube]
-pub(in crate::linear) fn first_vectors(stager: usize, m: u32, k: u32, #[comptime] s: Stage) -> Array<usize> {
+pub(in crate::linear) fn first_vectors(
+    stager: usize,
+    rows: &Array<usize>,
+    m: u32,
+    k: u32,
+    #[comptime] s: Stage,
+) -> Array<usize> {
     let mut first = Array::<usize>::new(comptime!(s.own()));
-    let last = m as usize - 1;
     #[unroll]
     for i in 0..comptime!(s.own()) {
         let e = stager + comptime!(i * s.units);
-        let part = e / comptime!(4 * s.rows);
-        let wanted = CUBE_POS_X as usize * comptime!(s.rows) + e / 4 % comptime!(s.rows);
-        // Rows beyond the last are computed from the last and not written.
-        first[i] = (part * m as usize + select(wanted < last, wanted, last)) * (k as usize / 8) + e % 4;
+        first[i] = (e / comptime!(4 * s.rows) * m as usize + rows[i]) * (k as usize / 8) + e % 4;
     }
     first
 }

@@ -4,10 +4,10 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use half::{bf16, f16};
-use marlin_ops::Result;
+use marlin_ops::{Result, Tensor};
 
 use super::fragment::{Code, Operand, decode_word, double_zeros, widen_scales};
-use super::stage::{Stage, first_vectors, load_x, multiply_step, store_x, zero_sums};
+use super::stage::{Stage, first_vectors, load_x, multiply_step, rows_from, store_x, zero_sums};
 use super::{Call, STEP, Target};
 use crate::Gpu;
 use crate::element::{Storage, bf16_bits, widen};
@@ -60,7 +60,29 @@ struct TileConfig {
     /// A group may begin at every step, not only with a stage.
     short_groups: bool,
     rescale: bool,
+    rows_of: RowsOf,
     epilogue: Epilogue,
+}
+
+/// Whose rows a cube computes.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+enum RowsOf {
+    /// All, of one weight.
+    One,
+    /// Those of an expert; x has a row for each.
+    Expert,
+    /// Those of an expert; x has a row for `slots` of them.
+    Gathered,
+}
+
+/// A cube's share of the product.
+#[derive(CubeType, Clone, Copy)]
+struct Share {
+    /// Its first row of the output, and the end of the rows.
+    first: usize,
+    end: usize,
+    /// Number of its weight.
+    place: usize,
 }
 
 impl TileConfig {
@@ -94,8 +116,8 @@ impl TileConfig {
     }
 }
 
-/// Operands as of [`super::rows`], x in [`TileConfig::parts`] parts. A cube of 32 by `planes` computes `rows` rows of `32 planes_n` columns of a slice of K.
-/// Groups have `2^group_shift` steps.
+/// Operands as of [`super::rows`], x in [`TileConfig::parts`] parts, weights of experts one behind the other. A cube of 32 by
+/// `planes` computes `rows` rows of `32 planes_n` columns of a slice of K. Groups have `2^group_shift` steps.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
@@ -105,18 +127,30 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     x: &[Vector<u32, Const<4>>],
     bias: &[Vector<f32, Const<4>>],
     residual: &[Vector<H, Const<4>>],
+    tiles: &[u32],
+    offsets: &[u32],
+    permutation: &[u32],
+    places: &[u32],
     out: &mut [Vector<O, Const<4>>],
     m: u32,
     k: u32,
     n: u32,
     slices: u32,
+    groups: u32,
     group_shift: u32,
+    experts: u32,
+    first_place: u32,
+    slots: u32,
     magic: u32,
     flags: u32,
     out_scale: f32,
     #[comptime] c: TileConfig,
     #[define(H, O)] _elements: [ElemType; 2],
 ) {
+    let share = share(tiles, offsets, places, m, experts, first_place, c);
+    if share.first >= share.end {
+        terminate!();
+    }
     let lane = UNIT_POS_X as usize;
     let (g, t) = (lane / 4, lane % 4);
     let part = UNIT_POS_Y as usize / comptime!(c.planes_m * c.planes_n);
@@ -124,6 +158,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let plane_m = plane / comptime!(c.planes_n);
     let quads = n as usize / 4;
     let column = (CUBE_POS_Y as usize * comptime!(c.planes_n) + plane % comptime!(c.planes_n)) * 8 + g;
+    let word_column = share.place * (k as usize / 8) * quads + column;
+    let scale_column = share.place * groups as usize * quads + column;
     let stager = plane * 32 + lane;
     let all = k as usize / comptime!(STEP * c.steps);
     let slice = CUBE_POS_Z as usize;
@@ -144,7 +180,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let mut zero = Vector::<u32, Const<2>>::new(0u32);
     let mut group = u32::MAX.runtime() as usize;
 
-    let rows = first_vectors(stager, m, k, comptime!(c.stage()));
+    let rows = sources(stager, permutation, &share, slots, c);
+    let rows = first_vectors(stager, &rows, m, k, comptime!(c.stage()));
     let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
     let mut w = Array::<Vector<u32, Const<4>>>::new(comptime!(c.steps));
     let mut s = Array::<Vector<u32, Const<2>>>::new(comptime!(c.scales()));
@@ -154,8 +191,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let loaded = select(stage < stages, stage, first);
     #[unroll]
     for step in 0..comptime!(c.steps) {
-        w[step] = words[((loaded * comptime!(c.steps) + step) * 4 + t) * quads + column];
-        load_scales(scales, zeros, &mut s, &mut z, loaded, step, group_shift, quads, column, c);
+        w[step] = words[((loaded * comptime!(c.steps) + step) * 4 + t) * quads + word_column];
+        load_scales(scales, zeros, &mut s, &mut z, loaded, step, group_shift, quads, scale_column, c);
         load_x(x, &mut xv, &rows, loaded, step, comptime!(c.stage()));
         store_x(&mut shared, &xv, part * 2, stager, step, comptime!(c.stage()));
     }
@@ -181,8 +218,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
                     }
                 }
                 let weights = operands::<F>(w[step], &dead, zero, magic, c);
-                w[step] = words[((next * comptime!(c.steps) + step) * 4 + t) * quads + column];
-                load_scales(scales, zeros, &mut s, &mut z, next, step, group_shift, quads, column, c);
+                w[step] = words[((next * comptime!(c.steps) + step) * 4 + t) * quads + word_column];
+                load_scales(scales, zeros, &mut s, &mut z, next, step, group_shift, quads, scale_column, c);
                 let row = plane_m * comptime!(8 * c.row_blocks) + g;
                 let from = buffer * comptime!(c.stage().vectors()) + comptime!(c.stage().step_vectors() * step);
                 #[unroll]
@@ -200,9 +237,65 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     end_groups(&mut sums, &totals, &scale, c);
     add_parts(&mut sums, plane, part, lane, c);
     if part == 0 {
-        let row0 = CUBE_POS_X as usize * comptime!(c.rows()) + plane_m * comptime!(8 * c.row_blocks) + t * 2;
-        write_tile::<H, O>(&sums, bias, residual, out, row0, column, m, quads, flags, out_scale, c);
+        let row0 = share.first + plane_m * comptime!(8 * c.row_blocks) + t * 2;
+        let bias_column = share.place * quads + column;
+        write_tile::<H, O>(
+            &sums,
+            bias,
+            residual,
+            out,
+            row0,
+            share.end,
+            column,
+            bias_column,
+            m,
+            quads,
+            flags,
+            out_scale,
+            c,
+        );
     }
+}
+
+/// The rows of a cube, and the weight they meet; no rows where the tile is unused or its expert is not here.
+#[cube]
+fn share(
+    tiles: &[u32],
+    offsets: &[u32],
+    places: &[u32],
+    m: u32,
+    experts: u32,
+    first_place: u32,
+    #[comptime] c: TileConfig,
+) -> Share {
+    if comptime!(c.rows_of == RowsOf::One) {
+        Share { first: CUBE_POS_X as usize * comptime!(c.rows()), end: m as usize, place: 0usize.runtime() }
+    } else {
+        let expert = tiles[2 * CUBE_POS_X as usize];
+        let mut share = Share { first: 0usize.runtime(), end: 0usize.runtime(), place: 0usize.runtime() };
+        if expert < experts {
+            let place = places[(first_place * experts + expert) as usize];
+            if place != u32::MAX {
+                share.first = tiles[2 * CUBE_POS_X as usize + 1] as usize;
+                share.end = offsets[expert as usize + 1] as usize;
+                share.place = place as usize;
+            }
+        }
+        share
+    }
+}
+
+/// The rows of x that a unit's vectors belong to.
+#[cube]
+fn sources(stager: usize, permutation: &[u32], share: &Share, slots: u32, #[comptime] c: TileConfig) -> Array<usize> {
+    let mut rows = rows_from(stager, share.first, share.end, comptime!(c.stage()));
+    if comptime!(c.rows_of == RowsOf::Gathered) {
+        #[unroll]
+        for i in 0..comptime!(c.stage().own()) {
+            rows[i] = (permutation[rows[i]] / slots) as usize;
+        }
+    }
+    rows
 }
 
 /// Loads a lane's scales of a step, if they may be others than the step's before.
@@ -396,7 +489,9 @@ fn write_tile<H: Numeric, O: Numeric>(
     residual: &[Vector<H, Const<4>>],
     out: &mut [Vector<O, Const<4>>],
     row0: usize,
+    end: usize,
     column: usize,
+    bias_column: usize,
     m: u32,
     quads: usize,
     flags: u32,
@@ -405,14 +500,14 @@ fn write_tile<H: Numeric, O: Numeric>(
 ) {
     let mut biases = Vector::<f32, Const<4>>::new(0.0);
     if (flags & flags::BIAS) != 0u32 {
-        biases = bias[column];
+        biases = bias[bias_column];
     }
     #[unroll]
     for b in 0..comptime!(c.row_blocks) {
         #[unroll]
         for e in 0..2usize {
             let row = row0 + comptime!(8 * b + e);
-            if row < m as usize {
+            if row < end {
                 let at = (CUBE_POS_Z as usize * m as usize + row) * quads + column;
                 let mut others = Vector::<f32, Const<4>>::new(0.0);
                 let mut previous = Vector::<f32, Const<4>>::new(0.0);
@@ -478,6 +573,10 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &T
         steps,
         short_groups: call.group_shift < steps.ilog2(),
         rescale,
+        rows_of: target.experts.map_or(RowsOf::One, |rows| match rows.slots {
+            None => RowsOf::Expert,
+            Some(_) => RowsOf::Gathered,
+        }),
         epilogue: target.epilogue,
     };
     let (shared, most) = (config.shared_bytes() + super::SHARED_BESIDE, hardware.max_shared_memory_size);
@@ -492,13 +591,17 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, ta
     let config = configure(gpu, tile, call, target)?;
     let product = target.product;
     let [m, n, k] = product.shape();
-    let count = grid(gpu, product.operation, [m.div_ceil(tile.rows()), n / tile.columns(), tile.slices])?;
+    let rows = target.experts;
+    let tiles = rows.map_or(m.div_ceil(tile.rows()), |rows| rows.tile_count);
+    let count = grid(gpu, product.operation, [tiles, n / tile.columns(), tile.slices])?;
+    let unread = || gpu.unread();
+    let all = |tensor: &Tensor<Gpu<R>>| tensor.buffer().arg(tensor.elements());
     let launch = match call.operand {
         Operand::F16 => multiply_tile::launch_unchecked::<f16, R>,
         Operand::BF16 => multiply_tile::launch_unchecked::<bf16, R>,
     };
     // SAFETY: N is a multiple of the cube's columns and K of a stage, so vectors lie within the operands, whose sizes were
-    // checked; rows are compared with M.
+    // checked; rows are compared with M, or lie within the offsets of an expert whose place is within the bank.
     unsafe {
         launch(
             gpu.client(),
@@ -510,12 +613,20 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, ta
             target.x.arg(call.parts * product.x.elements() / 8),
             product.weight.bias_arg(gpu),
             product.residual_arg(gpu),
+            rows.map_or_else(unread, |rows| all(rows.tiles)),
+            rows.map_or_else(unread, |rows| all(rows.offsets)),
+            rows.map_or_else(unread, |rows| all(rows.permutation)),
+            rows.map_or_else(unread, |rows| rows.places.arg(3 * rows.experts)),
             target.out.buffer().arg(target.out.elements() / 4),
             m as u32,
             k as u32,
             n as u32,
             tile.slices as u32,
+            k.div_ceil(product.weight.decoder.group_size.max(1)) as u32,
             call.group_shift,
+            rows.map_or(0, |rows| rows.experts) as u32,
+            rows.map_or(0, |rows| rows.first_place) as u32,
+            rows.and_then(|rows| rows.slots).unwrap_or(1) as u32,
             call.operand.magic(call.code),
             target.flags,
             target.out_scale,

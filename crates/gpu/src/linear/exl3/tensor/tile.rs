@@ -16,7 +16,7 @@ use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES};
 use crate::linear::operands::Product;
-use crate::linear::tensor::stage::{Stage, first_vectors, load_x, multiply_step, store_x, zero_sums};
+use crate::linear::tensor::stage::{Stage, first_vectors, load_x, multiply_step, rows_from, store_x, zero_sums};
 use crate::linear::{grid, limit};
 use crate::{Buffer, Gpu};
 
@@ -147,7 +147,8 @@ fn multiply_rows(
     let stages = (slice + 1) * all / slices as usize;
     let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(comptime!(2 * c.stage().vectors()), 16usize);
     let mut sums = zero_sums(c.row_blocks);
-    let rows = first_vectors(stager, m, k, comptime!(c.stage()));
+    let rows = rows_from(stager, CUBE_POS_X as usize * comptime!(c.rows()), m as usize, comptime!(c.stage()));
+    let rows = first_vectors(stager, &rows, m, k, comptime!(c.stage()));
     let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
     let mut w = Array::<u32>::new(comptime!(4 * c.steps * c.lane_words()));
     #[unroll]
