@@ -9,7 +9,7 @@ use super::tile::{Accumulate, Tile};
 use crate::Gpu;
 
 /// Most rows that share the words of a unit.
-pub(super) const FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 8;
 
 /// Multiprocessors of a device that does not say.
 const CORES: usize = 32;

@@ -22,7 +22,6 @@ use marlin_ops::{Result, Tensor};
 use super::epilogue::Epilogue;
 use super::exl3::rotate::has_planes;
 use super::operands::{Prepared, Product};
-use super::select::FEW_ROWS;
 use super::{LinearKernel, limit, split_k};
 use crate::decode::{Codes, Decoder, Levels, Scale};
 use crate::element::Storage;
@@ -35,6 +34,9 @@ pub use tile::TensorTile;
 
 /// Input features of a step: four words of a column.
 const STEP: usize = 32;
+
+/// Rows of f32 that other kernels multiply as fast.
+const FEW_F32_ROWS: usize = 4;
 
 /// Shared memory that the compiler may take beside what a kernel asks for.
 const SHARED_BESIDE: usize = 4096;
@@ -196,8 +198,7 @@ pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Opti
     let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
     match (call.parts, m) {
         (1, 0..=MOST_ROWS) => Some(LinearKernel::TensorRows(few_rows(cores, m, n, k))),
-        // Other kernels read the weights as fast.
-        (split::PARTS, 0..=FEW_ROWS) => None,
+        (split::PARTS, 0..=FEW_F32_ROWS) => None,
         (parts, _) => Some(LinearKernel::TensorTile(tile(cores, parts, m, n, k))),
     }
 }
