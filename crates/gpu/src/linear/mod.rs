@@ -138,7 +138,7 @@ impl<R: Runtime> Gpu<R> {
         };
         let mut prepared = Prepared::default();
         let first = product(gate, args.activation, Combine::Nothing, args.out);
-        let apart = kernel.is_none() && tensor::takes_many_rows(self, &first);
+        let apart = kernel.is_none() && tensor::takes_many_rows(self, &first, DType::F32);
         if gate.decoder == up.decoder && !gate.decoder.is_trellis() && !apart {
             let both = Product { up: Some(up), ..first };
             return self.multiply(kernel, &both, &mut prepared);

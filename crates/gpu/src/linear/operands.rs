@@ -223,7 +223,7 @@ impl GpuWeight {
     }
 
     pub(super) fn bias_arg<R: Runtime>(&self, gpu: &Gpu<R>) -> BufferArg<R> {
-        self.bias.as_ref().map_or_else(|| gpu.unread(), |bias| bias.arg(self.out_features))
+        self.bias.as_ref().map_or_else(|| gpu.unread(), |bias| bias.arg(bias.bytes / size_of::<f32>()))
     }
 
     /// The decoder that kernels with a run-time group size are compiled for.

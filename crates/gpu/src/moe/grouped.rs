@@ -56,7 +56,7 @@ fn check_permutation(permutation: &[u32], out: &mut [u32], faults: &mut [Atomic<
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// [`marlin_ops::MoeOps::moe_grouped_gemm`] by a given kernel of the grouped strategy.
+    /// [`marlin_ops::MoeOps::moe_grouped_gemm`] by a given kernel of the grouped or the tensor strategy.
     ///
     /// # Errors
     /// As the operation, and [`OpError::Unsupported`] where the kernel's tiles cannot be.
@@ -81,8 +81,9 @@ impl<R: Runtime> Gpu<R> {
     }
 
     fn grouped_gemm(&self, args: &GroupedGemmArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
-        if !matches!(kernel.strategy, ExpertStrategy::Grouped | ExpertStrategy::Tensor) {
-            let what = format!("rows sorted by expert by {kernel:?}");
+        let sorts = matches!(kernel.strategy, ExpertStrategy::Grouped | ExpertStrategy::Tensor);
+        let limit = kernel.limit().or_else(|| (!sorts).then(|| format!("rows sorted by expert by {kernel:?}")));
+        if let Some(what) = limit {
             return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
         }
         let (rows, experts) = (args.out.rows(), args.experts.count());

@@ -79,7 +79,7 @@ impl ExpertKernel {
     }
 
     /// What no kernel offers, if anything.
-    fn limit(&self) -> Option<String> {
+    pub(super) fn limit(&self) -> Option<String> {
         let Self { tile_m, tile_n, tile_k, .. } = *self;
         let shapes = match self.strategy {
             ExpertStrategy::Parallel => {

@@ -83,5 +83,5 @@ pub(crate) fn shape<R: Runtime>(
     [n, k]: [usize; 2],
 ) -> Option<TensorTile> {
     let call = Call::of(gpu, x, decoder, [n, k], DType::F32).ok()?;
-    Some(super::tile_of(call.parts, tile_rows, n))
+    super::tile_of(gpu.properties().hardware.max_shared_memory_size, call.parts, tile_rows, n)
 }

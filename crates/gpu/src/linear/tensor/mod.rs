@@ -102,8 +102,8 @@ impl Call {
             return Err("m16n8k16 products of planes of 32 units");
         }
         let code = code_of(decoder).ok_or("weights on tensor cores but int4 and E2M1 with f16 scales")?;
-        if code == Code::Int4Zero && out == DType::F32 {
-            return Err("zero points of f32 results on tensor cores, which round them");
+        if code == Code::Int4Zero && (x == DType::F32 || out == DType::F32) {
+            return Err("zero points of f32 activations or results on tensor cores, which round them");
         }
         if k == 0 || !k.is_multiple_of(BLOCK) || !n.is_multiple_of(32) {
             return Err("N that is no multiple of 32 or K that is none of 128 on tensor cores");
@@ -199,13 +199,15 @@ pub(super) fn select<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> Opti
     match (call.parts, m) {
         (1, 0..=MOST_ROWS) => Some(LinearKernel::TensorRows(few_rows(cores, m, n, k))),
         (split::PARTS, 0..=FEW_F32_ROWS) => None,
-        (parts, _) => Some(LinearKernel::TensorTile(tile(cores, parts, m, n, k))),
+        (parts, _) => tile(gpu, cores, parts, [m, n, k]).map(LinearKernel::TensorTile),
     }
 }
 
-/// Whether [`select`] has a kernel for many rows.
-pub(super) fn takes_many_rows<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>) -> bool {
-    matches!(select(gpu, product), Some(LinearKernel::TensorTile(_)))
+/// Whether [`select`] has a kernel for many rows, which takes results of this type too.
+pub(super) fn takes_many_rows<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, out: DType) -> bool {
+    let [_, n, k] = product.shape();
+    Call::of(gpu, product.x.dtype(), product.weight.decoder, [n, k], out).is_ok()
+        && matches!(select(gpu, product), Some(LinearKernel::TensorTile(_)))
 }
 
 /// 32 planes a core in all, and two tiles where rows of x are read as often as weights.
@@ -228,26 +230,63 @@ fn few_rows(cores: usize, m: usize, n: usize, k: usize) -> TensorRows {
 }
 
 /// Tall tiles while they, or slices of K, fill the device, otherwise lower ones.
-fn tile(cores: usize, parts: usize, m: usize, n: usize, k: usize) -> TensorTile {
-    let tile = tile_of(parts, m, n);
+fn tile<R: Runtime>(gpu: &Gpu<R>, cores: usize, parts: usize, [m, n, k]: [usize; 3]) -> Option<TensorTile> {
+    let tile = tile_of(gpu.properties().hardware.max_shared_memory_size, parts, m, n)?;
     let cubes = m.div_ceil(tile.rows()) * n / tile.columns();
-    TensorTile { slices: slices(cores, cubes, k), ..tile }
+    Some(TensorTile { slices: slices(cores, cubes, k), ..tile })
 }
 
-/// A tile for so many rows, of at most 128.
-fn tile_of(parts: usize, rows: usize, n: usize) -> TensorTile {
+/// A tile for so many rows, of at most 128, if the device has the shared memory.
+fn tile_of(shared_bytes: usize, parts: usize, rows: usize, n: usize) -> Option<TensorTile> {
     let fits = |planes: &usize| n.is_multiple_of(32 * planes);
     let planes_n = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
-    let steps = 4 / parts;
-    if rows <= 64 {
-        let (row_blocks, planes_n) = (if rows <= 32 { 4 } else { 8 }, planes_n.min(4));
-        TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps, rescale: false, slices: 1 }
-    } else {
-        TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps, rescale: true, slices: 1 }
-    }
+    let tile = |steps| {
+        if rows <= 64 {
+            let (row_blocks, planes_n) = (if rows <= 32 { 4 } else { 8 }, planes_n.min(4));
+            TensorTile { row_blocks, planes_m: 1, planes_n, planes_k: 2, steps, rescale: false, slices: 1 }
+        } else {
+            TensorTile { row_blocks: 16, planes_m: 1, planes_n, planes_k: 1, steps, rescale: true, slices: 1 }
+        }
+    };
+    let most = 4 / parts;
+    [4, 2, 1]
+        .into_iter()
+        .filter(|&steps| steps <= most)
+        .map(tile)
+        .find(|tile| tile.shared_bytes(parts) + SHARED_BESIDE <= shared_bytes)
 }
 
 /// Slices of K that give every core a cube, of at least 8 stages of 128 features each.
 fn slices(cores: usize, cubes: usize, k: usize) -> usize {
     (cores / cubes.max(1)).clamp(1, (k / (8 * BLOCK)).clamp(1, 8))
+}
+
+#[cfg(test)]
+mod choice {
+    use super::{SHARED_BESIDE, tile_of};
+
+    /// What the devices of compute capability 7.5, 8.6 to 12.0, 8.0 and 9.0 have.
+    const SHARED: [usize; 4] = [64 << 10, 99 << 10, 163 << 10, 227 << 10];
+
+    #[test]
+    fn tiles_fit_their_device() {
+        for rows in [1, 32, 33, 64, 65, 500] {
+            for parts in [1, 2] {
+                for n in [32, 64, 128, 256, 14_336] {
+                    for shared in SHARED {
+                        let tile = tile_of(shared, parts, rows, n);
+                        let what = format!("{rows} rows in {parts} parts, N={n}, {shared} bytes: {tile:?}");
+                        // Everything but 64 KiB has room for every tile.
+                        assert!(tile.is_some() || shared == SHARED[0], "{what}");
+                        let used = tile.map_or(0, |tile| tile.shared_bytes(parts) + SHARED_BESIDE);
+                        assert!(used <= shared, "{what}: {used}");
+                    }
+                }
+            }
+        }
+        // The most recent ones have room for what was measured.
+        let [f16, f32] = [1, 2].map(|parts| tile_of(SHARED[3], parts, 64, 4096).map(|tile| tile.steps));
+        assert_eq!((f16, f32), (Some(4), Some(2)));
+        assert!(tile_of(1 << 10, 1, 1, 32).is_none());
+    }
 }

@@ -1,5 +1,6 @@
 //! Rows of f32 as sums of two bf16, for products on tensor cores: of a value x that is normal in both, `high + low` differs
-//! from x by at most 2^-18 |x|, and codes of 4 bits are exact in bf16, so such products keep the bounds of f32.
+//! from x by at most 2^-17 |x|, 2.7e-6 |x| on average (RMS), and codes of 4 bits without zero points are exact in bf16: such
+//! products keep the bound of f32 linear layers, 1e-5, unless their terms cancel each other.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;

@@ -1,6 +1,6 @@
 //! Products of f32 rows, which are sums of two bf16, against the oracle: at the bounds of f32.
 
-use marlin_formats::{Format, QuantizedMatrix, Scheme};
+use marlin_formats::{DType, Format, QuantizedMatrix, Scheme};
 use marlin_ops::linear::{Activation, GatedUpArgs, InputNorm, LinearArgs, Projection, ProjectionsArgs, Residual};
 use marlin_ops::oracle::Oracle;
 use marlin_ops::{Device, HostTensor, Linear, LinearOps, OpError, Result, Weight};
@@ -57,7 +57,12 @@ fn rows_of_f32_keep_their_precision() {
     ] {
         let what = format!("{format} group {group_size} M={m} N={n} K={k}");
         let x = values(m * k, 7);
-        let found = layer(&gpu, &weight(&gpu, format, group_size, [n, k], 1).unwrap(), &x, m).expect(&what);
+        let own = weight(&gpu, format, group_size, [n, k], 1).unwrap();
+        assert!(
+            super::expert_shape(&gpu, m, DType::F32, own.data().decoder, [n, k]).is_some(),
+            "{what}: other kernels"
+        );
+        let found = layer(&gpu, &own, &x, m).expect(&what);
         let expected = layer(&oracle, &weight(&oracle, format, group_size, [n, k], 1).unwrap(), &x, m).unwrap();
         assert_rows(&what, &found, &expected, n);
     }

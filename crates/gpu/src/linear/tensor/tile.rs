@@ -43,6 +43,17 @@ impl TensorTile {
     pub(super) const fn columns(self) -> usize {
         32 * self.planes_n
     }
+
+    /// Pairs of sums that the parts of K but the first hand over.
+    const fn handed_over(self) -> usize {
+        (self.planes_k - 1) * self.planes_m * self.planes_n * self.row_blocks * 4 * 32
+    }
+
+    /// Shared memory of the kernel for x in so many parts.
+    pub(super) const fn shared_bytes(self, parts: usize) -> usize {
+        let stage_vectors = 4 * self.rows() * parts * self.steps;
+        2 * self.planes_k * stage_vectors * 16 + self.handed_over() * 8
+    }
 }
 
 /// What the kernel is compiled for.
@@ -60,6 +71,8 @@ struct TileConfig {
     /// A group may begin at every step, not only with a stage.
     short_groups: bool,
     rescale: bool,
+    /// See [`TensorTile::handed_over`].
+    handed_over: usize,
     rows_of: RowsOf,
     epilogue: Epilogue,
 }
@@ -104,15 +117,6 @@ impl TileConfig {
     /// Scale vectors of a stage that a lane holds.
     const fn scales(self) -> usize {
         if self.short_groups { self.steps } else { 1 }
-    }
-
-    /// Pairs of sums that the parts of K but the first hand over.
-    const fn handed_over(self) -> usize {
-        (self.planes_k - 1) * self.planes_m * self.planes_n * self.row_blocks * 4 * 32
-    }
-
-    const fn shared_bytes(self) -> usize {
-        2 * self.planes_k * self.stage().vectors() * 16 + self.handed_over() * 8
     }
 }
 
@@ -449,7 +453,7 @@ fn add_parts(
     #[comptime] c: TileConfig,
 ) {
     if comptime!(c.planes_k > 1) {
-        let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(c.handed_over()));
+        let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(c.handed_over));
         let slots = comptime!(c.row_blocks * 4);
         if part > 0 {
             let at = (plane + (part - 1) * comptime!(c.planes_m * c.planes_n)) * slots * 32 + lane;
@@ -573,13 +577,14 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &T
         steps,
         short_groups: call.group_shift < steps.ilog2(),
         rescale,
+        handed_over: tile.handed_over(),
         rows_of: target.experts.map_or(RowsOf::One, |rows| match rows.slots {
             None => RowsOf::Expert,
             Some(_) => RowsOf::Gathered,
         }),
         epilogue: target.epilogue,
     };
-    let (shared, most) = (config.shared_bytes() + super::SHARED_BESIDE, hardware.max_shared_memory_size);
+    let (shared, most) = (tile.shared_bytes(call.parts) + super::SHARED_BESIDE, hardware.max_shared_memory_size);
     if shared > most {
         return refuse(format!("{shared} bytes of shared memory where there are {most}"));
     }
@@ -601,7 +606,8 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, ta
         Operand::BF16 => multiply_tile::launch_unchecked::<bf16, R>,
     };
     // SAFETY: N is a multiple of the cube's columns and K of a stage, so vectors lie within the operands, whose sizes were
-    // checked; rows are compared with M, or lie within the offsets of an expert whose place is within the bank.
+    // checked; rows are compared with M, or lie within the offsets of an expert whose place is within the bank, and the
+    // permutation holds numbers below `slots` times the rows of x.
     unsafe {
         launch(
             gpu.client(),
