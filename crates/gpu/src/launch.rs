@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 pub(crate) const UNITS: u32 = 128;
 
 /// Largest count along one dimension that all devices allow.
-const MOST_CUBES: u32 = 65_535;
+pub(crate) const MOST_CUBES: u32 = 65_535;
 
 /// At least `count` cubes: kernels compare [`CUBE_POS`] with what they have to do.
 pub(crate) fn cubes(count: usize) -> CubeCount {

@@ -38,6 +38,8 @@ mod reduce;
 mod rope;
 mod sampling;
 mod step;
+#[cfg(all(test, any(feature = "vulkan", feature = "cuda")))]
+mod test_values;
 mod traffic;
 mod trellis;
 mod weight;

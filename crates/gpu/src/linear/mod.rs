@@ -28,7 +28,7 @@ use marlin_ops::{LinearOps, OpError, Result};
 
 use crate::Gpu;
 use crate::element::Storage;
-use crate::launch::{cubes_for, units};
+use crate::launch::{MOST_CUBES, cubes_for, units};
 use embedding::EmbeddingConfig;
 pub use gemv::Gemv;
 pub(crate) use operands::Prepared;
@@ -252,9 +252,12 @@ fn limit<R: Runtime>(gpu: &Gpu<R>, operation: &'static str, what: String) -> OpE
 
 /// A grid of cubes within the device's limits.
 fn grid<R: Runtime>(gpu: &Gpu<R>, operation: &'static str, cubes: [usize; 3]) -> Result<CubeCount> {
-    const MOST: usize = 65_535;
-    if cubes.iter().any(|&count| count > MOST) {
-        return Err(limit(gpu, operation, format!("a grid of {cubes:?} cubes, at most {MOST} along a dimension,")));
+    if cubes.iter().any(|&count| count > MOST_CUBES as usize) {
+        return Err(limit(
+            gpu,
+            operation,
+            format!("a grid of {cubes:?} cubes, at most {MOST_CUBES} along a dimension,"),
+        ));
     }
     Ok(CubeCount::Static(cubes[0] as u32, cubes[1] as u32, cubes[2] as u32))
 }

@@ -204,25 +204,25 @@ pub(super) fn grouping(weight: &GpuWeight) -> (Grouping, u32) {
 
 impl GpuWeight {
     /// `words` in vectors of `width` columns.
-    pub(super) fn words_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
+    pub(crate) fn words_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
         vectors(&self.words, self.word_count, width)
     }
 
     /// `scales` in vectors of `width` columns.
-    pub(super) fn scales_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
+    pub(crate) fn scales_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
         vectors(&self.scales, self.scale_count, width)
     }
 
     /// `zeros` in vectors of `width` columns.
-    pub(super) fn zeros_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
+    pub(crate) fn zeros_arg<R: Runtime>(&self, width: usize) -> BufferArg<R> {
         vectors(&self.zeros, self.zero_count, width)
     }
 
-    pub(super) fn table_arg<R: Runtime>(&self) -> BufferArg<R> {
+    pub(crate) fn table_arg<R: Runtime>(&self) -> BufferArg<R> {
         self.table.arg(self.table_len)
     }
 
-    pub(super) fn bias_arg<R: Runtime>(&self, gpu: &Gpu<R>) -> BufferArg<R> {
+    pub(crate) fn bias_arg<R: Runtime>(&self, gpu: &Gpu<R>) -> BufferArg<R> {
         self.bias.as_ref().map_or_else(|| gpu.unread(), |bias| bias.arg(bias.bytes / size_of::<f32>()))
     }
 

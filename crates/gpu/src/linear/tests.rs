@@ -7,16 +7,7 @@ use marlin_ops::{Device, HostTensor, Linear, OpError, Result, Weight};
 
 use super::{Accumulate, Gemv, LinearKernel, Tile};
 use crate::Vulkan;
-
-/// Values in [-1/2, 1/2).
-fn values(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 16_777_216.0 - 0.5
-    };
-    (0..count).map(|_| next()).collect()
-}
+use crate::test_values::{relative_norm, values};
 
 fn weight(format: Option<Format>, n: usize, k: usize, seed: u32) -> Weight {
     let values = values(n * k, seed);
@@ -64,11 +55,6 @@ fn gated<D: Device>(
     let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n])?)?;
     run(d, GatedUpArgs { x: &x, norm, gate: &gate, up: &up, activation: Activation::Silu, out: &mut out })?;
     d.read_f64(&out)
-}
-
-fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
 }
 
 /// The specification's bound: LIN32, or ACC16(K).

@@ -251,7 +251,7 @@ impl<R: Runtime> Call<'_, R> {
         out: &Tensor<Gpu<R>>,
         kernel: &ExpertKernel,
     ) -> Result<()> {
-        let rotated = |bank: &Bank| bank.decoder.is_trellis();
+        let rotated = |bank: &Bank| bank.weight.decoder.is_trellis();
         let Some(second) = self.second else {
             return if rotated(self.first) {
                 self.rotated(gpu, order, out, kernel)
@@ -333,7 +333,7 @@ impl<R: Runtime> Call<'_, R> {
                 order.experts_of(),
                 order.permutation(gpu),
                 self.group.places.arg(3 * self.experts),
-                self.first.scales.arg(self.first.scale_count),
+                self.first.weight.scales.arg(self.first.weight.scale_count),
                 out.buffer().arg(out.elements() / 4),
                 rows as u32,
                 self.features as u32,
@@ -366,7 +366,7 @@ impl<R: Runtime> Call<'_, R> {
                 z.buffer().arg(z.elements() / 4),
                 order.experts_of(),
                 self.group.places.arg(3 * self.experts),
-                self.first.zeros.arg(self.first.zero_count),
+                self.first.weight.zeros.arg(self.first.weight.zero_count),
                 late_bias.map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
                 out.buffer().arg(out.elements()),
                 rows as u32,

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use marlin_ops::{ExpertWeights, Result, Weight};
 
 use crate::decode::{Decoder, Levels, Scale};
-use crate::weight::{Packed, pack};
+use crate::weight::{GpuWeight, Packed, pack};
 use crate::{Buffer, Gpu};
 
 /// The routed experts of a layer on a GPU. Weights of one projection that are decoded alike lie in one buffer, so that
@@ -16,24 +16,12 @@ pub struct GpuExperts {
     pub(super) groups: Vec<Group>,
 }
 
-/// Weights `[experts, word rows, N]` of one projection with the same decoder. EXL3 has suh in `scales`, svh in `zeros`.
+/// Weights of one projection with the same decoder.
 pub(super) struct Bank {
-    pub(super) decoder: Decoder,
-    /// `[experts, word rows, N]`.
-    pub(super) words: Buffer,
-    pub(super) word_count: usize,
-    /// `[experts, G, N]`.
-    pub(super) scales: Buffer,
-    pub(super) scale_count: usize,
-    /// Zero points or offsets, `[experts, G, N]`, of the type of the scales.
-    pub(super) zeros: Buffer,
-    pub(super) zero_count: usize,
-    /// `[experts, 256]` where tensors have their own scale, else `[256]` or nothing.
-    pub(super) table: Buffer,
-    pub(super) table_len: usize,
-    /// `[experts, N]` f32.
-    pub(super) bias: Option<(Buffer, usize)>,
-    /// The same where it is added after a rotation.
+    /// All of them, one behind the other, with the sizes of one: words `[experts, word rows, N]`, scales and zero points or
+    /// offsets `[experts, G, N]`, a table `[experts, 256]` where tensors have their own scale, bias `[experts, N]`.
+    pub(super) weight: GpuWeight,
+    /// The bias where it is added after a rotation, and its length.
     pub(super) late_bias: Option<(Buffer, usize)>,
 }
 
@@ -63,13 +51,14 @@ impl<R: Runtime> Operands<R> {
 
 impl Bank {
     pub(super) fn operands<R: Runtime>(&self, gpu: &Gpu<R>) -> Operands<R> {
+        let weight = &self.weight;
         Operands {
-            words: self.words.arg(self.word_count),
-            scales: self.scales.arg(self.scale_count),
-            zeros: self.zeros.arg(self.zero_count),
-            table: self.table.arg(self.table_len),
-            bias: self.bias.as_ref().map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
-            scale_elem: self.decoder.scale_elem(),
+            words: weight.words_arg(1),
+            scales: weight.scales_arg(1),
+            zeros: weight.zeros_arg(1),
+            table: weight.table_arg(),
+            bias: weight.bias_arg(gpu),
+            scale_elem: weight.decoder.scale_elem(),
         }
     }
 }
@@ -86,7 +75,8 @@ pub(super) struct Group {
 struct Filling {
     projection: usize,
     decoder: Decoder,
-    columns: usize,
+    in_features: usize,
+    out_features: usize,
     experts: Vec<(Packed, Option<Vec<f32>>)>,
     bytes: u64,
 }
@@ -114,12 +104,14 @@ impl Filling {
                 table.extend(packed.table);
             }
             if biased {
-                bias.extend(expert_bias.unwrap_or_else(|| vec![0.0; self.columns]));
+                bias.extend(expert_bias.unwrap_or_else(|| vec![0.0; self.out_features]));
             }
         }
         let bias = if biased { Some((gpu.create_f32(OP, &bias)?, bias.len())) } else { None };
         let (bias, late_bias) = if self.decoder.is_trellis() { (None, bias) } else { (bias, None) };
-        Ok(Bank {
+        let weight = GpuWeight {
+            in_features: self.in_features,
+            out_features: self.out_features,
             decoder: self.decoder,
             word_count: words.len().max(1),
             words: gpu.create_u32(OP, &words)?,
@@ -129,9 +121,9 @@ impl Filling {
             zeros: gpu.create(OP, &zeros)?,
             table_len: table.len().max(1),
             table: gpu.create_f32(OP, &table)?,
-            bias,
-            late_bias,
-        })
+            bias: bias.map(|(bias, _)| bias),
+        };
+        Ok(Bank { weight, late_bias })
     }
 }
 
@@ -146,8 +138,8 @@ fn place(banks: &mut Vec<Filling>, projection: usize, weight: &Weight, most: u64
             && bank.shares_table(&packed)
     };
     let index = banks.iter().position(fits).unwrap_or_else(|| {
-        let (decoder, columns) = (packed.decoder, weight.out_features());
-        banks.push(Filling { projection, decoder, columns, experts: Vec::new(), bytes: 0 });
+        let (decoder, in_features, out_features) = (packed.decoder, weight.in_features(), weight.out_features());
+        banks.push(Filling { projection, decoder, in_features, out_features, experts: Vec::new(), bytes: 0 });
         banks.len() - 1
     });
     let bank = &mut banks[index];

@@ -266,10 +266,10 @@ impl<R: Runtime> Fused<'_, R> {
     pub(super) fn launch(&self, gpu: &Gpu<R>, out: &Tensor<Gpu<R>>, kernel: &ExpertKernel, check: bool) {
         let config = Config {
             x: Storage::of(self.x.dtype()),
-            gate: self.banks[0].decoder,
-            up: self.banks[1].decoder,
-            down: self.banks[2].decoder,
-            bias: self.banks.map(|bank| bank.bias.is_some()),
+            gate: self.banks[0].weight.decoder,
+            up: self.banks[1].weight.decoder,
+            down: self.banks[2].weight.decoder,
+            bias: self.banks.map(|bank| bank.weight.bias.is_some()),
             activation: self.activation,
             features: kernel.tile_k,
             stretch: kernel.tile_n,

@@ -300,9 +300,9 @@ impl<R: Runtime> Call<'_, R> {
     ) -> Result<()> {
         let config = Config {
             x: Storage::of(self.x.dtype()),
-            first: self.first.decoder,
-            second: self.second.map(|bank| bank.decoder),
-            bias: [self.first.bias.is_some(), self.second.is_some_and(|bank| bank.bias.is_some())],
+            first: self.first.weight.decoder,
+            second: self.second.map(|bank| bank.weight.decoder),
+            bias: [self.first.weight.bias.is_some(), self.second.is_some_and(|bank| bank.weight.bias.is_some())],
             activation: self.activation,
             gather: slots.is_some(),
             rows: kernel.tile_m,

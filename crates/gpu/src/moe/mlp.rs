@@ -12,6 +12,7 @@ use super::fused::Fused;
 use super::gemm::SortedRows;
 use super::group::Sorted;
 use crate::Gpu;
+use crate::launch::MOST_CUBES;
 
 pub(super) const OP: &str = "moe_expert_mlp";
 
@@ -65,7 +66,7 @@ impl ExpertKernel {
             33..=64 => 64,
             _ => 128,
         };
-        (rows / tile_m + experts <= MOST_TILES).then_some(Self::tensor(tile_m))
+        (rows / tile_m + experts <= MOST_CUBES as usize).then_some(Self::tensor(tile_m))
     }
 
     /// The kernel for this many tokens: the experts' weights are read once for each assignment, or once for each tile.
@@ -95,9 +96,6 @@ impl ExpertKernel {
 
 /// Largest number of tokens that is not sorted by expert.
 const DECODE_TOKENS: usize = 4;
-
-/// Cubes along a dimension that all devices allow.
-const MOST_TILES: usize = 65_535;
 
 /// Products of rows with one or two projections of a group's experts.
 pub(super) struct Call<'a, R: Runtime> {
@@ -202,7 +200,7 @@ impl<R: Runtime> Gpu<R> {
     fn expert_mlp_fused(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
         let rows = self.scratch(OP, DType::F32, &[args.ids.elements(), args.experts.hidden()])?;
         let experts = args.experts.data();
-        if experts.banks.iter().any(|bank| bank.decoder.is_trellis()) {
+        if experts.banks.iter().any(|bank| bank.weight.decoder.is_trellis()) {
             let what = "exl3 experts in one launch, which rotations part,".into();
             return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
         }

@@ -9,6 +9,7 @@ use marlin_ops::{ConvertOps, Device, HostTensor, Linear, LinearOps, OpError, Res
 
 use crate::linear::tile::{Accumulate, Tile};
 use crate::linear::{Gemv, LinearKernel, TensorRows, TensorTile};
+use crate::test_values::{random, relative_norm, values};
 
 #[cfg(feature = "cuda")]
 fn gpu() -> crate::Cuda {
@@ -25,19 +26,6 @@ fn bound<R: cubecl::Runtime>(gpu: &crate::Gpu<R>, kernel: Option<LinearKernel>, 
     let own = matches!(kernel, None | Some(LinearKernel::Trellis));
     let narrow = own && dtype == DType::F16 && super::tensor::available(gpu);
     if narrow { 6e-4 } else { 1e-5 }
-}
-
-fn random(count: usize, seed: u32) -> Vec<u32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state >> 8
-    };
-    (0..count).map(|_| next()).collect()
-}
-
-fn values(count: usize, seed: u32) -> Vec<f32> {
-    random(count, seed).into_iter().map(|word| word as f32 / 16_777_216.0 - 0.5).collect()
 }
 
 fn matrix(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Exl3Matrix {
@@ -77,11 +65,6 @@ fn layer<D: LinearOps>(
     let (activation, residual) = (Activation::Silu, Residual::Add(&residual));
     run(d, LinearArgs { x: &x, weight: &weight, activation, out_scale: 0.5, residual, out: &mut out }).unwrap();
     d.read_f64(&out).unwrap()
-}
-
-fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
 }
 
 #[test]

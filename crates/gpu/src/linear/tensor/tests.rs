@@ -6,31 +6,14 @@ use marlin_ops::oracle::Oracle;
 use marlin_ops::{Device, HostTensor, Linear, LinearOps, OpError, Result, Weight};
 
 use crate::linear::{LinearKernel, TensorRows};
+use crate::test_values::{assert_rows, values};
 
 /// LIN32 of the specification, relative to the norm of a row.
 const BOUND: f64 = 1e-5;
 
-/// Values in [-1/2, 1/2).
-fn values(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 16_777_216.0 - 0.5
-    };
-    (0..count).map(|_| next()).collect()
-}
-
 fn weight<D: Device>(d: &D, format: Format, group_size: usize, [n, k]: [usize; 2], seed: u32) -> Result<Linear<D>> {
     let matrix = QuantizedMatrix::encode(Scheme::new(format, group_size)?, &values(n * k, seed), n, k)?;
     Linear::new(d, Weight::quantized(matrix)?.with_bias(values(n, seed + 1))?)
-}
-
-fn assert_rows(what: &str, found: &[f64], expected: &[f64], columns: usize) {
-    for (row, (found, expected)) in found.chunks_exact(columns).zip(expected.chunks_exact(columns)).enumerate() {
-        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-        let error = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied());
-        assert!(error <= BOUND, "{what}: row {row} is {error:e} off");
-    }
 }
 
 fn layer<D: Device + LinearOps>(d: &D, weight: &Linear<D>, x: &[f32], rows: usize) -> Result<Vec<f64>> {
@@ -64,7 +47,7 @@ fn rows_of_f32_keep_their_precision() {
         );
         let found = layer(&gpu, &own, &x, m).expect(&what);
         let expected = layer(&oracle, &weight(&oracle, format, group_size, [n, k], 1).unwrap(), &x, m).unwrap();
-        assert_rows(&what, &found, &expected, n);
+        assert_rows(&what, &found, &expected, n, BOUND);
     }
 }
 
@@ -97,7 +80,7 @@ fn rows_of_any_size() {
     rows += 1;
     let found = products(&gpu, &x, rows, K).unwrap();
     let expected = products(&oracle, &x, rows, K).unwrap();
-    assert_rows("rows", &found, &expected, 64);
+    assert_rows("rows", &found, &expected, 64, BOUND);
     // What is not finite stays in its row.
     for (value, row) in [(f32::NAN, 2), (f32::INFINITY, 9), (f32::NEG_INFINITY, 0)] {
         let mut x = x.clone();
@@ -106,7 +89,7 @@ fn rows_of_any_size() {
         for (r, (found, expected)) in found.chunks_exact(64).zip(expected.chunks_exact(64)).enumerate() {
             match r == row {
                 true => assert!(found.iter().all(|v| !v.is_finite()), "{value} in row {r}: {found:?}"),
-                false => assert_rows("other rows", found, expected, 64),
+                false => assert_rows("other rows", found, expected, 64, BOUND),
             }
         }
     }
@@ -124,7 +107,6 @@ fn normalised<D: Device + LinearOps>(d: &D, m: usize, k: usize, n: usize) -> Res
     let (gate, up) = (&weights[0], &weights[1]);
     d.gated_up(GatedUpArgs { x: &x, norm, gate, up, activation: Activation::Silu, out: gated })?;
     let mut projections: Vec<_> = weights.iter().zip(others).map(|(weight, out)| Projection { weight, out }).collect();
-    let norm = Some(InputNorm { gamma: &gamma, gamma_offset: 1.0, eps: 1e-6 });
     d.projections(ProjectionsArgs { x: &x, norm, projections: &mut projections })?;
     drop(projections);
     let [a, b, c, e] = &outs;
@@ -137,7 +119,7 @@ fn norms_and_gates() {
     for (m, k, n) in [(5, 256, 64), (70, 384, 96), (200, 1024, 128)] {
         let (found, expected) = (normalised(&gpu, m, k, n).unwrap(), normalised(&oracle, m, k, n).unwrap());
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert_rows(&format!("output {i} of M={m}"), found, expected, n);
+            assert_rows(&format!("output {i} of M={m}"), found, expected, n, BOUND);
         }
     }
 }

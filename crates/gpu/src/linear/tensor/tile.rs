@@ -44,6 +44,11 @@ impl TensorTile {
         32 * self.planes_n
     }
 
+    /// Planes of a cube.
+    const fn planes(self) -> usize {
+        self.planes_m * self.planes_n * self.planes_k
+    }
+
     /// Pairs of sums that the parts of K but the first hand over.
     const fn handed_over(self) -> usize {
         (self.planes_k - 1) * self.planes_m * self.planes_n * self.row_blocks * 4 * 32
@@ -63,16 +68,10 @@ struct TileConfig {
     operand: Operand,
     /// Parts whose sum x is.
     parts: usize,
-    row_blocks: usize,
-    planes_m: usize,
-    planes_n: usize,
-    planes_k: usize,
-    steps: usize,
+    /// With one slice: kernels of more are the same.
+    tile: TensorTile,
     /// A group may begin at every step, not only with a stage.
     short_groups: bool,
-    rescale: bool,
-    /// See [`TensorTile::handed_over`].
-    handed_over: usize,
     rows_of: RowsOf,
     epilogue: Epilogue,
 }
@@ -99,24 +98,15 @@ struct Share {
 }
 
 impl TileConfig {
-    const fn rows(self) -> usize {
-        8 * self.row_blocks * self.planes_m
-    }
-
-    /// Planes of a cube.
-    const fn planes(self) -> usize {
-        self.planes_m * self.planes_n * self.planes_k
-    }
-
     /// How rows of x lie in shared memory, for each part of K.
     const fn stage(self) -> Stage {
-        let units = 32 * self.planes_m * self.planes_n;
-        Stage { rows: self.rows(), parts: self.parts, steps: self.steps, units, paired: true }
+        let units = 32 * self.tile.planes_m * self.tile.planes_n;
+        Stage { rows: self.tile.rows(), parts: self.parts, steps: self.tile.steps, units, paired: true }
     }
 
     /// Scale vectors of a stage that a lane holds.
     const fn scales(self) -> usize {
-        if self.short_groups { self.steps } else { 1 }
+        if self.short_groups { self.tile.steps } else { 1 }
     }
 }
 
@@ -157,23 +147,23 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     }
     let lane = UNIT_POS_X as usize;
     let (g, t) = (lane / 4, lane % 4);
-    let part = UNIT_POS_Y as usize / comptime!(c.planes_m * c.planes_n);
-    let plane = UNIT_POS_Y as usize % comptime!(c.planes_m * c.planes_n);
-    let plane_m = plane / comptime!(c.planes_n);
+    let part = UNIT_POS_Y as usize / comptime!(c.tile.planes_m * c.tile.planes_n);
+    let plane = UNIT_POS_Y as usize % comptime!(c.tile.planes_m * c.tile.planes_n);
+    let plane_m = plane / comptime!(c.tile.planes_n);
     let quads = n as usize / 4;
-    let column = (CUBE_POS_Y as usize * comptime!(c.planes_n) + plane % comptime!(c.planes_n)) * 8 + g;
+    let column = (CUBE_POS_Y as usize * comptime!(c.tile.planes_n) + plane % comptime!(c.tile.planes_n)) * 8 + g;
     let word_column = share.place * (k as usize / 8) * quads + column;
     let scale_column = share.place * groups as usize * quads + column;
     let stager = plane * 32 + lane;
-    let all = k as usize / comptime!(STEP * c.steps);
+    let all = k as usize / comptime!(STEP * c.tile.steps);
     let slice = CUBE_POS_Z as usize;
     let first = slice * all / slices as usize;
     let stages = (slice + 1) * all / slices as usize;
 
-    let vectors = comptime!(2 * c.planes_k * c.stage().vectors());
+    let vectors = comptime!(2 * c.tile.planes_k * c.stage().vectors());
     let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(vectors, 16usize);
-    let mut sums = zero_sums(c.row_blocks);
-    let mut totals = zero_sums(c.row_blocks);
+    let mut sums = zero_sums(c.tile.row_blocks);
+    let mut totals = zero_sums(c.tile.row_blocks);
     let mut scale = Array::<f32>::new(4usize);
     let mut dead = Array::<bool>::new(4usize);
     #[unroll]
@@ -187,33 +177,33 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     let rows = sources(stager, permutation, &share, slots, c);
     let rows = first_vectors(stager, &rows, m, k, comptime!(c.stage()));
     let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
-    let mut w = Array::<Vector<u32, Const<4>>>::new(comptime!(c.steps));
+    let mut w = Array::<Vector<u32, Const<4>>>::new(comptime!(c.tile.steps));
     let mut s = Array::<Vector<u32, Const<2>>>::new(comptime!(c.scales()));
     let mut z = Array::<Vector<u32, Const<2>>>::new(comptime!(c.scales()));
     let mut stage = first + part;
     // A part without work loads what another needs.
     let loaded = select(stage < stages, stage, first);
     #[unroll]
-    for step in 0..comptime!(c.steps) {
-        w[step] = words[((loaded * comptime!(c.steps) + step) * 4 + t) * quads + word_column];
+    for step in 0..comptime!(c.tile.steps) {
+        w[step] = words[((loaded * comptime!(c.tile.steps) + step) * 4 + t) * quads + word_column];
         load_scales(scales, zeros, &mut s, &mut z, loaded, step, group_shift, quads, scale_column, c);
         load_x(x, &mut xv, &rows, loaded, step, comptime!(c.stage()));
         store_x(&mut shared, &xv, part * 2, stager, step, comptime!(c.stage()));
     }
     sync_cube();
     let mut buffer = part * 2;
-    for _turn in 0..(stages - first).div_ceil(comptime!(c.planes_k)) {
-        let after = stage + comptime!(c.planes_k);
+    for _turn in 0..(stages - first).div_ceil(comptime!(c.tile.planes_k)) {
+        let after = stage + comptime!(c.tile.planes_k);
         let other = buffer ^ 1;
         // Parts of K may have one stage more than others, but all take part in every barrier.
         if stage < stages {
             // The last turn loads its own stage again.
             let next = select(after < stages, after, stage);
             #[unroll]
-            for step in 0..comptime!(c.steps) {
+            for step in 0..comptime!(c.tile.steps) {
                 load_x(x, &mut xv, &rows, next, step, comptime!(c.stage()));
                 if comptime!(step == 0 || c.short_groups) {
-                    let now = (stage * comptime!(c.steps) + step) >> group_shift as usize;
+                    let now = (stage * comptime!(c.tile.steps) + step) >> group_shift as usize;
                     if now != group {
                         let i = comptime!(if c.short_groups { step } else { 0 });
                         begin_group(&mut sums, &mut totals, &mut scale, &mut dead, s[i], c);
@@ -222,14 +212,14 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
                     }
                 }
                 let weights = operands::<F>(w[step], &dead, zero, magic, c);
-                w[step] = words[((next * comptime!(c.steps) + step) * 4 + t) * quads + word_column];
+                w[step] = words[((next * comptime!(c.tile.steps) + step) * 4 + t) * quads + word_column];
                 load_scales(scales, zeros, &mut s, &mut z, next, step, group_shift, quads, scale_column, c);
-                let row = plane_m * comptime!(8 * c.row_blocks) + g;
+                let row = plane_m * comptime!(8 * c.tile.row_blocks) + g;
                 let from = buffer * comptime!(c.stage().vectors()) + comptime!(c.stage().step_vectors() * step);
                 #[unroll]
                 for x_part in 0..comptime!(c.parts) {
-                    let from = from + comptime!(4 * c.rows() * x_part) + row * 4 + t;
-                    multiply_step::<F>(&shared, &mut sums, &weights, from, c.row_blocks);
+                    let from = from + comptime!(4 * c.tile.rows() * x_part) + row * 4 + t;
+                    multiply_step::<F>(&shared, &mut sums, &weights, from, c.tile.row_blocks);
                 }
                 store_x(&mut shared, &xv, other, stager, step, comptime!(c.stage()));
             }
@@ -241,7 +231,7 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     end_groups(&mut sums, &totals, &scale, c);
     add_parts(&mut sums, plane, part, lane, c);
     if part == 0 {
-        let row0 = share.first + plane_m * comptime!(8 * c.row_blocks) + t * 2;
+        let row0 = share.first + plane_m * comptime!(8 * c.tile.row_blocks) + t * 2;
         let bias_column = share.place * quads + column;
         write_tile::<H, O>(
             &sums,
@@ -273,7 +263,7 @@ fn share(
     #[comptime] c: TileConfig,
 ) -> Share {
     if comptime!(c.rows_of == RowsOf::One) {
-        Share { first: CUBE_POS_X as usize * comptime!(c.rows()), end: m as usize, place: 0usize.runtime() }
+        Share { first: CUBE_POS_X as usize * comptime!(c.tile.rows()), end: m as usize, place: 0usize.runtime() }
     } else {
         let expert = tiles[2 * CUBE_POS_X as usize];
         let mut share = Share { first: 0usize.runtime(), end: 0usize.runtime(), place: 0usize.runtime() };
@@ -318,7 +308,7 @@ fn load_scales(
     #[comptime] c: TileConfig,
 ) {
     if comptime!(step == 0 || c.short_groups) {
-        let at = ((stage * comptime!(c.steps) + step) >> group_shift as usize) * quads + column;
+        let at = ((stage * comptime!(c.tile.steps) + step) >> group_shift as usize) * quads + column;
         s[step] = scales[at];
         if comptime!(c.code == Code::Int4Zero) {
             z[step] = zeros[at];
@@ -342,7 +332,7 @@ fn begin_group(
     let mut factor = Array::<f32>::new(4usize);
     #[unroll]
     for j in 0..4usize {
-        if comptime!(c.rescale) {
+        if comptime!(c.tile.rescale) {
             // A scale of 0 cannot be a unit: the group's codes are taken as 0 instead.
             dead[j] = next[j] == 0.0f32;
             let unit = select(dead[j], scale[j], next[j]);
@@ -354,13 +344,13 @@ fn begin_group(
         }
     }
     #[unroll]
-    for i in 0..comptime!(2 * c.row_blocks) {
+    for i in 0..comptime!(2 * c.tile.row_blocks) {
         let sum = sums.index_mut(i);
         let total = totals.index_mut(i);
         #[unroll]
         for half in 0..2usize {
             let by = Vector::<f32, Const<2>>::new(factor[comptime!(i % 2 * 2 + half)]);
-            if comptime!(c.rescale) {
+            if comptime!(c.tile.rescale) {
                 sum[half] = sum[half] * by;
             } else {
                 total[half] = fma(sum[half], by, total[half]);
@@ -379,13 +369,13 @@ fn end_groups(
     #[comptime] c: TileConfig,
 ) {
     #[unroll]
-    for i in 0..comptime!(2 * c.row_blocks) {
+    for i in 0..comptime!(2 * c.tile.row_blocks) {
         let sum = sums.index_mut(i);
         let total = totals.index(i);
         #[unroll]
         for half in 0..2usize {
             let by = Vector::<f32, Const<2>>::new(scale[comptime!(i % 2 * 2 + half)]);
-            if comptime!(c.rescale) {
+            if comptime!(c.tile.rescale) {
                 sum[half] = sum[half] * by;
             } else {
                 sum[half] = fma(sum[half], by, total[half]);
@@ -435,7 +425,7 @@ fn live_word<F: Float>(
     #[comptime] c: TileConfig,
 ) -> Array<Vector<F, Const<2>>> {
     let word = words.extract(j);
-    if comptime!(!c.rescale) {
+    if comptime!(!c.tile.rescale) {
         decode_word::<F>(word, zero, magic, c.code, c.operand)
     } else {
         let neutral = comptime!(if c.code == Code::Int4 { 0x8888_8888u32 } else { 0 }).runtime();
@@ -452,13 +442,13 @@ fn add_parts(
     lane: usize,
     #[comptime] c: TileConfig,
 ) {
-    if comptime!(c.planes_k > 1) {
-        let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(c.handed_over));
-        let slots = comptime!(c.row_blocks * 4);
+    if comptime!(c.tile.planes_k > 1) {
+        let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(c.tile.handed_over()));
+        let slots = comptime!(c.tile.row_blocks * 4);
         if part > 0 {
-            let at = (plane + (part - 1) * comptime!(c.planes_m * c.planes_n)) * slots * 32 + lane;
+            let at = (plane + (part - 1) * comptime!(c.tile.planes_m * c.tile.planes_n)) * slots * 32 + lane;
             #[unroll]
-            for i in 0..comptime!(2 * c.row_blocks) {
+            for i in 0..comptime!(2 * c.tile.row_blocks) {
                 let sum = sums.index(i);
                 #[unroll]
                 for half in 0..2usize {
@@ -469,10 +459,10 @@ fn add_parts(
         sync_cube();
         if part == 0 {
             #[unroll]
-            for other in 0..comptime!(c.planes_k - 1) {
-                let at = (plane + comptime!(other * c.planes_m * c.planes_n)) * slots * 32 + lane;
+            for other in 0..comptime!(c.tile.planes_k - 1) {
+                let at = (plane + comptime!(other * c.tile.planes_m * c.tile.planes_n)) * slots * 32 + lane;
                 #[unroll]
-                for i in 0..comptime!(2 * c.row_blocks) {
+                for i in 0..comptime!(2 * c.tile.row_blocks) {
                     let sum = sums.index_mut(i);
                     #[unroll]
                     for half in 0..2usize {
@@ -507,7 +497,7 @@ fn write_tile<H: Numeric, O: Numeric>(
         biases = bias[bias_column];
     }
     #[unroll]
-    for b in 0..comptime!(c.row_blocks) {
+    for b in 0..comptime!(c.tile.row_blocks) {
         #[unroll]
         for e in 0..2usize {
             let row = row0 + comptime!(8 * b + e);
@@ -555,8 +545,8 @@ fn nearest<E: Numeric>(value: f32, #[comptime] storage: Storage) -> E {
 fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &Target<'_, R>) -> Result<TileConfig> {
     let refuse = |what: String| Err(limit(gpu, target.product.operation, what));
     let [_, n, _] = target.product.shape();
-    let TensorTile { row_blocks, planes_m, planes_n, planes_k, steps, rescale, .. } = tile;
-    let (hardware, planes) = (&gpu.properties().hardware, planes_m * planes_n * planes_k);
+    let TensorTile { row_blocks, planes_n, steps, .. } = tile;
+    let (hardware, planes) = (&gpu.properties().hardware, tile.planes());
     if planes == 0 || 32 * planes > hardware.max_units_per_cube as usize {
         return refuse(format!("{planes} planes of 32 where {} units are allowed", hardware.max_units_per_cube));
     }
@@ -570,14 +560,8 @@ fn configure<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, target: &T
         code: call.code,
         operand: call.operand,
         parts: call.parts,
-        row_blocks,
-        planes_m,
-        planes_n,
-        planes_k,
-        steps,
+        tile: TensorTile { slices: 1, ..tile },
         short_groups: call.group_shift < steps.ilog2(),
-        rescale,
-        handed_over: tile.handed_over(),
         rows_of: target.experts.map_or(RowsOf::One, |rows| match rows.slots {
             None => RowsOf::Expert,
             Some(_) => RowsOf::Gathered,
@@ -612,7 +596,7 @@ pub(super) fn launch<R: Runtime>(gpu: &Gpu<R>, tile: TensorTile, call: &Call, ta
         launch(
             gpu.client(),
             count,
-            CubeDim::new_2d(32, config.planes() as u32),
+            CubeDim::new_2d(32, tile.planes() as u32),
             product.weight.words_arg(4),
             product.weight.scales_arg(4),
             product.weight.zeros_arg(4),

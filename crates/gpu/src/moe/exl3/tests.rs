@@ -8,6 +8,7 @@ use marlin_ops::oracle::Oracle;
 use marlin_ops::{ExpertProjection, ExpertStack, ExpertWeights, HostTensor, MoeOps, OpError, Result, Weight};
 
 use crate::moe::{ExpertKernel, ExpertStrategy};
+use crate::test_values::{random, relative_norm, values};
 
 #[cfg(feature = "cuda")]
 fn gpu() -> crate::Cuda {
@@ -22,19 +23,6 @@ fn gpu() -> crate::Vulkan {
 const HIDDEN: usize = 136;
 const INTERMEDIATE: usize = 200;
 const EXPERTS: usize = 3;
-
-fn random(count: usize, seed: u32) -> Vec<u32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state >> 8
-    };
-    (0..count).map(|_| next()).collect()
-}
-
-fn values(count: usize, seed: u32) -> Vec<f32> {
-    random(count, seed).into_iter().map(|word| word as f32 / 16_777_216.0 - 0.5).collect()
-}
 
 fn trellis(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Weight {
     let padded = |size: usize| size.next_multiple_of(128);
@@ -90,11 +78,6 @@ fn mlp<D: MoeOps>(d: &D, tokens: usize, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -
     let (activation, residual) = (Activation::Silu, Residual::None);
     run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
     d.read_f64(&out)
-}
-
-fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
 }
 
 #[test]

@@ -7,22 +7,15 @@ use marlin_ops::oracle::Oracle;
 use marlin_ops::{ExpertProjection, ExpertStack, ExpertWeights, HostTensor, MoeOps, OpError, Result, Weight};
 
 use crate::moe::ExpertKernel;
+use crate::test_values::{assert_rows, values};
 
+/// LIN32 of the specification, relative to the norm of a row.
+const BOUND: f64 = 1e-5;
 const HIDDEN: usize = 256;
 const INTERMEDIATE: usize = 384;
 const EXPERTS: usize = 6;
 /// No token chooses it.
 const IDLE: u32 = 3;
-
-/// Values in [-1/2, 1/2).
-fn values(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 16_777_216.0 - 0.5
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 fn weight(format: Format, group_size: usize, n: usize, k: usize, seed: u32) -> Weight {
     let scheme = Scheme::new(format, group_size).unwrap();
@@ -66,14 +59,6 @@ fn mlp<D: MoeOps>(
     d.read_f64(&out)
 }
 
-fn assert_rows(what: &str, found: &[f64], expected: &[f64], columns: usize) {
-    for (row, (found, expected)) in found.chunks_exact(columns).zip(expected.chunks_exact(columns)).enumerate() {
-        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-        let error = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied());
-        assert!(error <= 1e-5, "{what}: row {row} is {error:e} off");
-    }
-}
-
 #[test]
 fn mlps_keep_the_precision_of_f32() {
     assert!(!ids(300).contains(&IDLE));
@@ -84,10 +69,10 @@ fn mlps_keep_the_precision_of_f32() {
             let kernel = ExpertKernel::tensor(tile_m);
             let run = |d: &crate::Cuda, args: ExpertMlpArgs<'_, _>| d.moe_expert_mlp_with(args, &kernel);
             let found = mlp(&gpu, tokens, dtype, Format::Fp4E2m1, run).unwrap();
-            assert_rows(&format!("{tokens} tokens of {dtype:?}, tiles of {tile_m}"), &found, &expected, HIDDEN);
+            assert_rows(&format!("{tokens} tokens of {dtype:?}, tiles of {tile_m}"), &found, &expected, HIDDEN, BOUND);
         }
         let found = mlp(&gpu, tokens, dtype, Format::Fp4E2m1, |d, args| d.moe_expert_mlp(args)).unwrap();
-        assert_rows(&format!("{tokens} tokens of {dtype:?}"), &found, &expected, HIDDEN);
+        assert_rows(&format!("{tokens} tokens of {dtype:?}"), &found, &expected, HIDDEN, BOUND);
     }
 }
 
@@ -101,12 +86,17 @@ fn other_formats_go_elsewhere() {
     }
     let found = mlp(&gpu, 9, DType::F32, Format::Int8, |d, args| d.moe_expert_mlp(args)).unwrap();
     let expected = mlp(&Oracle::new(), 9, DType::F32, Format::Int8, |d, args| d.moe_expert_mlp(args)).unwrap();
-    assert_rows("int8", &found, &expected, HIDDEN);
+    assert_rows("int8", &found, &expected, HIDDEN, BOUND);
 }
 
 #[test]
 fn sorted_rows_of_one_projection() {
-    fn product<D: MoeOps>(d: &D, projection: ExpertProjection, sorted: bool) -> Vec<f64> {
+    fn product<D: MoeOps>(
+        d: &D,
+        projection: ExpertProjection,
+        sorted: bool,
+        run: impl Fn(&D, GroupedGemmArgs<'_, D>) -> Result<()>,
+    ) -> Vec<f64> {
         let tokens = 70;
         let [k, n] = match projection {
             ExpertProjection::Down => [INTERMEDIATE, HIDDEN],
@@ -124,16 +114,18 @@ fn sorted_rows_of_one_projection() {
             false => RowOrder::Token { ids: &ids },
         };
         let (experts, activation) = (&experts(d, Format::Fp4E2m1), Activation::Silu);
-        d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
+        run(d, GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
     let gpu = crate::cuda(None).unwrap();
     for projection in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
         for sorted in [false, true] {
-            let expected = product(&Oracle::new(), projection, sorted);
+            let expected = product(&Oracle::new(), projection, sorted, |d, args| d.moe_grouped_gemm(args));
             let columns = expected.len() / 140;
             let what = format!("{projection:?}, sorted: {sorted}");
-            assert_rows(&what, &product(&gpu, projection, sorted), &expected, columns);
+            let kernel = ExpertKernel::tensor(32);
+            let found = product(&gpu, projection, sorted, |d, args| d.moe_grouped_gemm_with(args, &kernel));
+            assert_rows(&what, &found, &expected, columns, BOUND);
         }
     }
 }
