@@ -12,11 +12,12 @@ use marlin_ops::{Result, Tensor};
 use super::experts::Bank;
 use super::gemm::SortedRows;
 use super::mlp::{Call, ExpertKernel, ExpertStrategy, OP};
-use crate::Gpu;
 use crate::element::{Storage, load};
 use crate::launch::{cubes, cubes_for, units};
+use crate::linear::exl3::multiply_experts as multiply;
 use crate::linear::exl3::rotate::{BLOCKS, Channels, LANES, NORM, first_channel, has_planes, transform};
 use crate::math::activate;
+use crate::{Buffer, Gpu};
 
 #[cfg(all(test, any(feature = "vulkan", feature = "cuda")))]
 mod tests;
@@ -139,16 +140,19 @@ fn rotate_expert_input<X: Numeric>(
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 struct OutputConfig {
     lookup: Lookup,
+    /// Rows have factors.
+    factors: bool,
     bias: bool,
     activation: Activation,
     planes: bool,
 }
 
-/// `out [rows, n]`: `act(had(z) * svh + bias)` with those of the row's expert.
+/// `out [rows, n]`: `act(had(z) * svh + bias)` with those of the row's expert, z times the factor of its row if it has one.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rotate_expert_output(
     z: &[Vector<f32, Const<4>>],
+    row_factors: &[f32],
     experts_of: &[u32],
     places: &[u32],
     svh: &[f16],
@@ -174,11 +178,15 @@ fn rotate_expert_output(
         values[i] = quad.extract(i);
     }
     transform(&mut values, c.planes);
+    let mut factor = f32::new(NORM);
+    if comptime!(c.factors) {
+        factor *= row_factors[select(known, row, 0usize)];
+    }
     #[unroll]
     for i in 0..4usize {
         let column = at % blocks * HADAMARD + lane * 4usize + i;
         if known && column < n {
-            let mut value = values[i] * NORM * f32::cast_from(svh[place as usize * blocks * HADAMARD + column]);
+            let mut value = values[i] * factor * f32::cast_from(svh[place as usize * blocks * HADAMARD + column]);
             if comptime!(c.bias) {
                 value += bias[place as usize * n + column];
             }
@@ -306,15 +314,21 @@ impl<R: Runtime> Call<'_, R> {
         let rows = out.rows();
         let (features, columns) = (self.features.next_multiple_of(HADAMARD), self.columns.next_multiple_of(HADAMARD));
         let x = gpu.scratch(OP, DType::F32, &[rows, features])?;
-        let z = gpu.scratch(OP, DType::F32, &[rows, columns])?;
         self.rotate_input(gpu, order, &x);
+        if let (Order::Sorted { rows, .. }, ExpertStrategy::Tensor) = (order, kernel.strategy) {
+            let rows = self.expert_rows(rows, 0, None);
+            let (z, factors) = multiply(gpu, OP, &self.first.weight, kernel.tile_m, &x, &rows)?;
+            self.rotate_output(gpu, order, &z, Some(&factors), out);
+            return Ok(());
+        }
+        let z = gpu.scratch(OP, DType::F32, &[rows, columns])?;
         let inner = Call { x: &x, second: None, activation: Activation::None, features, columns, ..*self };
         let own = match order {
             Order::Assignments { ids, check, .. } => Order::Assignments { ids, slots: 1, check: *check },
             Order::Sorted { rows, .. } => Order::Sorted { rows, slots: None },
         };
         inner.plain(gpu, &own, &z, kernel)?;
-        self.rotate_output(gpu, order, &z, out);
+        self.rotate_output(gpu, order, &z, None, out);
         Ok(())
     }
 
@@ -347,16 +361,24 @@ impl<R: Runtime> Call<'_, R> {
         }
     }
 
-    fn rotate_output(&self, gpu: &Gpu<R>, order: &Order<'_, R>, z: &Tensor<Gpu<R>>, out: &Tensor<Gpu<R>>) {
+    fn rotate_output(
+        &self,
+        gpu: &Gpu<R>,
+        order: &Order<'_, R>,
+        z: &Tensor<Gpu<R>>,
+        row_factors: Option<&Buffer>,
+        out: &Tensor<Gpu<R>>,
+    ) {
         let (rows, blocks) = (z.rows(), z.columns() / HADAMARD);
         let late_bias = self.first.late_bias.as_ref();
         let config = OutputConfig {
             lookup: order.lookup(),
+            factors: row_factors.is_some(),
             bias: late_bias.is_some(),
             activation: self.activation,
             planes: has_planes(gpu),
         };
-        // SAFETY: z holds the rotated rows, out rows times columns, the bank's zero points svh of all its experts, places
+        // SAFETY: z holds the rotated rows, the factors one each, out rows times columns, the bank's zero points svh of all its experts, places
         // [3, E]; rows of other banks' experts are passed over.
         unsafe {
             rotate_expert_output::launch_unchecked::<R>(
@@ -364,6 +386,7 @@ impl<R: Runtime> Call<'_, R> {
                 cubes((rows * blocks).div_ceil(BLOCKS)),
                 units(),
                 z.buffer().arg(z.elements() / 4),
+                row_factors.map_or_else(|| gpu.unread(), |factors| factors.arg(rows)),
                 order.experts_of(),
                 self.group.places.arg(3 * self.experts),
                 self.first.weight.zeros.arg(self.first.weight.zero_count),

@@ -70,9 +70,10 @@ impl<R: Runtime> Gpu<R> {
 
     pub(super) fn choose_grouped(&self, args: &GroupedGemmArgs<'_, Self>) -> Result<()> {
         let (rows, experts) = (args.out.rows(), args.experts.count());
-        let suits = |group| Call::projection(args, group).suits_tensor_cores(self, args.x.dtype());
-        let kernel = match (ExpertKernel::tensor_for(rows, experts), rows / experts.max(1)) {
-            (Some(kernel), _) if args.experts.data().groups.iter().all(suits) => kernel,
+        let tile_rows = |group| Call::projection(args, group).tensor_rows(self, args.x.dtype());
+        let most_rows = args.experts.data().groups.iter().map(tile_rows).min().unwrap_or(0);
+        let kernel = match (ExpertKernel::tensor_for(rows, experts, most_rows), rows / experts.max(1)) {
+            (Some(kernel), _) => kernel,
             (_, 0..=8) => ExpertKernel::grouped(8),
             (_, 9..=32) => ExpertKernel::grouped(32),
             _ => ExpertKernel::grouped(64),

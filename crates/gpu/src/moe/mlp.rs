@@ -23,8 +23,8 @@ pub enum ExpertStrategy {
     Fused,
     /// Assignments sorted by expert; a cube for each tile of rows of one expert and stretch of columns.
     Grouped,
-    /// As [`ExpertStrategy::Grouped`], by the tensor-core kernel of linear layers: int4 and E2M1 with f16 scales, N a
-    /// multiple of 32, K of 128.
+    /// As [`ExpertStrategy::Grouped`], by the tensor-core kernels of linear layers: int4 and E2M1 with f16 scales, N a
+    /// multiple of 32, K of 128; EXL3.
     Tensor,
     /// A cube for each assignment and stretch of columns.
     Parallel,
@@ -35,7 +35,7 @@ pub enum ExpertStrategy {
 pub struct ExpertKernel {
     /// How work is shared out.
     pub strategy: ExpertStrategy,
-    /// Rows of a tile: a power of two if grouped, 32, 64 or 128 on tensor cores, else 1.
+    /// Rows of a tile: a power of two if grouped, 32, 64 or (not of EXL3) 128 on tensor cores, else 1.
     pub tile_m: usize,
     /// Columns of a tile, a power of two; hidden values in shared memory if fused; chosen by the kernel on tensor cores.
     pub tile_n: usize,
@@ -59,14 +59,16 @@ impl ExpertKernel {
         Self { strategy: ExpertStrategy::Tensor, tile_m, tile_n: 0, tile_k: 0 }
     }
 
-    /// The same for so many rows, if there are not too many tiles for a launch.
-    pub(super) fn tensor_for(rows: usize, experts: usize) -> Option<Self> {
+    /// The same for so many rows and tiles of at most `most_rows`, if there is such a kernel and there are not too many tiles
+    /// for a launch.
+    pub(super) fn tensor_for(rows: usize, experts: usize, most_rows: usize) -> Option<Self> {
         let tile_m = match rows / experts.max(1) {
             0..=32 => 32,
             33..=64 => 64,
             _ => 128,
         };
-        (rows / tile_m + experts <= MOST_CUBES as usize).then_some(Self::tensor(tile_m))
+        let tile_m = tile_m.min(most_rows);
+        (tile_m > 0 && rows / tile_m + experts <= MOST_CUBES as usize).then_some(Self::tensor(tile_m))
     }
 
     /// The kernel for this many tokens: the experts' weights are read once for each assignment, or once for each tile.
@@ -125,21 +127,21 @@ impl<R: Runtime> Gpu<R> {
 
     pub(super) fn choose_and_run(&self, args: &ExpertMlpArgs<'_, Self>) -> Result<()> {
         let (tokens, top_k, experts) = (args.x.rows(), args.ids.columns(), args.experts.count());
-        let kernel = match ExpertKernel::tensor_for(tokens * top_k, experts) {
-            Some(kernel) if tokens > DECODE_TOKENS && self.experts_suit_tensor_cores(args) => kernel,
+        let kernel = match ExpertKernel::tensor_for(tokens * top_k, experts, self.tensor_rows(args)) {
+            Some(kernel) if tokens > DECODE_TOKENS => kernel,
             _ => ExpertKernel::choose(tokens, top_k, experts),
         };
         self.expert_mlp(args, &kernel)
     }
 
-    /// Whether all projections go through the tensor-core kernel.
-    fn experts_suit_tensor_cores(&self, args: &ExpertMlpArgs<'_, Self>) -> bool {
+    /// Most rows of a tile of the tensor-core kernels that take all projections; 0 if they do not.
+    fn tensor_rows(&self, args: &ExpertMlpArgs<'_, Self>) -> usize {
         // The hidden vectors are f32.
-        let suits = |group| {
-            Call::gated(args, group).suits_tensor_cores(self, args.x.dtype())
-                && Call::down(args, group, args.x).suits_tensor_cores(self, DType::F32)
+        let rows = |group| {
+            let gated = Call::gated(args, group).tensor_rows(self, args.x.dtype());
+            gated.min(Call::down(args, group, args.x).tensor_rows(self, DType::F32))
         };
-        args.experts.data().groups.iter().all(suits)
+        args.experts.data().groups.iter().map(rows).min().unwrap_or(0)
     }
 
     fn expert_mlp(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {

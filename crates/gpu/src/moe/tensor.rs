@@ -13,14 +13,38 @@ use super::gemm::SortedRows;
 use super::mlp::{Call, ExpertKernel, OP};
 use crate::Gpu;
 use crate::linear::Prepared;
+use crate::linear::exl3::{MOST_EXPERT_ROWS, tensor_cores};
 use crate::linear::tensor::{ExpertProduct, ExpertRows, expert_shape};
 
 impl<R: Runtime> Call<'_, R> {
-    /// Whether the kernel takes this call with such activations.
-    pub(super) fn suits_tensor_cores(&self, gpu: &Gpu<R>, x: DType) -> bool {
+    /// Most rows of a tile of the kernels that take this call with such activations; 0 if none does.
+    pub(super) fn tensor_rows(&self, gpu: &Gpu<R>, x: DType) -> usize {
         let sizes = [self.columns, self.features];
-        let takes = |bank: &Bank| expert_shape(gpu, 32, x, bank.weight.decoder, sizes).is_some();
-        takes(self.first) && self.second.is_none_or(takes)
+        let rows = |bank: &Bank| match bank.weight.trellis() {
+            Some(_) if tensor_cores(gpu) => MOST_EXPERT_ROWS,
+            _ if expert_shape(gpu, 32, x, bank.weight.decoder, sizes).is_some() => 128,
+            _ => 0,
+        };
+        self.second.map_or(128, rows).min(rows(self.first))
+    }
+
+    /// The rows as kernels find them; x has a row for `slots` of them.
+    pub(super) fn expert_rows<'s>(
+        &'s self,
+        sorted: &'s SortedRows<'_, R>,
+        number: usize,
+        slots: Option<usize>,
+    ) -> ExpertRows<'s, R> {
+        ExpertRows {
+            tiles: sorted.tiles,
+            tile_count: sorted.tile_count,
+            offsets: sorted.offsets,
+            permutation: sorted.permutation,
+            slots,
+            places: &self.group.places,
+            first_place: self.first_place + number,
+            experts: self.experts,
+        }
     }
 
     /// `out [T k, N]` in sorted order, as [`Call::tiles`].
@@ -40,16 +64,7 @@ impl<R: Runtime> Call<'_, R> {
                 let what = format!("weights {sizes:?} of {:?} on tensor cores,", weight.decoder);
                 OpError::Unsupported { operation: OP, backend: gpu.name(), what }
             })?;
-            let rows = ExpertRows {
-                tiles: sorted.tiles,
-                tile_count: sorted.tile_count,
-                offsets: sorted.offsets,
-                permutation: sorted.permutation,
-                slots,
-                places: &self.group.places,
-                first_place: self.first_place + number,
-                experts: self.experts,
-            };
+            let rows = self.expert_rows(sorted, number, slots);
             let product = ExpertProduct { operation: OP, x: self.x, weight, activation, factor, out };
             product.launch(gpu, shape, &rows, &mut prepared)
         };

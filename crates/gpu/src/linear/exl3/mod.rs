@@ -1,8 +1,7 @@
 //! EXL3 weights: rows are rotated, multiplied with the decoded tiles and rotated back.
 //!
-//! Products of f16 activations run on tensor cores where fragments are known. All others, of f32 or bf16 activations, whose
-//! range f16 does not have, or on other devices, have f32 operands: a kernel of the format takes few rows and the matrix
-//! kernels more.
+//! Products run on tensor cores where fragments are known, f32 and bf16 activations as sums of two f16. On other devices they
+//! have f32 operands: a kernel of the format takes few rows and the matrix kernels more.
 
 pub(crate) mod rotate;
 mod rows;
@@ -23,6 +22,8 @@ use crate::Gpu;
 use crate::decode::{Codes, Trellis};
 use crate::weight::GpuWeight;
 use rotate::Channels;
+pub(crate) use tensor::available as tensor_cores;
+pub(crate) use tensor::experts::{MOST_TILE_ROWS as MOST_EXPERT_ROWS, multiply as multiply_experts};
 pub(crate) use unfold::{Rows, Unfolded, unfold};
 
 impl GpuWeight {
@@ -66,9 +67,7 @@ pub(super) fn multiply<R: Runtime>(
         return Err(limit(gpu, operation, format!("an exl3 weight by {kernel:?}")));
     }
     let factors = prepared.row_factors(gpu, product)?;
-    // Rows of bf16 could overflow or vanish in the f16 of the operands.
-    let on_tensor_cores = tensor::takes(product.x.dtype()) && tensor::available(gpu);
-    if on_tensor_cores && matches!(kernel, None | Some(LinearKernel::Trellis)) {
+    if matches!(kernel, None | Some(LinearKernel::Trellis)) && tensor::available(gpu) {
         return tensor::launch(gpu, product, trellis, factors);
     }
     let (m, k, n) = (product.x.rows(), product.weight.padded_in(), product.weight.padded_out());
@@ -92,7 +91,7 @@ pub(super) fn multiply<R: Runtime>(
                 out: &out,
             };
             gpu.launch_kernel(kernel.unwrap_or(LinearKernel::Matrix(tile)), &inner, &mut Prepared::default())?;
-            rotate::output(gpu, product, &out, 1);
+            rotate::output(gpu, product, &out, 1, None);
             Ok(())
         }
     }
@@ -104,6 +103,6 @@ fn few_rows<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis
     let dims = [slices, product.x.rows(), product.weight.padded_out()];
     let partials = gpu.scratch(product.operation, DType::F32, &dims)?;
     rows::launch(gpu, product, trellis, x.buffer(), &partials, slices)?;
-    rotate::output(gpu, product, &partials, slices);
+    rotate::output(gpu, product, &partials, slices, None);
     Ok(())
 }

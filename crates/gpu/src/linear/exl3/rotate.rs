@@ -60,7 +60,7 @@ pub(crate) fn first_channel(lane: usize, #[comptime] channels: Channels) -> usiz
 
 /// Where the channels of a lane go, of 32 places.
 #[cube]
-fn place(lane: usize, #[comptime] channels: Channels) -> usize {
+pub(super) fn place(lane: usize, #[comptime] channels: Channels) -> usize {
     match comptime!(channels) {
         Channels::Neighbours | Channels::Fragment => lane,
         Channels::FragmentPairs => lane / 8usize * 8usize + lane % 4usize * 2usize + lane / 4usize % 2usize,
@@ -130,6 +130,12 @@ pub(crate) fn pair(low: f32, high: f32) -> u32 {
     halves.insert(0usize, f16::cast_from(low));
     halves.insert(1usize, f16::cast_from(high));
     u32::reinterpret(halves)
+}
+
+/// What is left of two values when [`pair`] has its f16 of them, as f16 in a word.
+#[cube]
+pub(crate) fn rest(low: f32, high: f32) -> u32 {
+    pair(low - f32::cast_from(f16::cast_from(low)), high - f32::cast_from(f16::cast_from(high)))
 }
 
 /// What [`rotate_input`] is compiled for.
@@ -202,6 +208,8 @@ fn rotate_input<X: Numeric, G: Numeric>(
 struct OutputConfig {
     epilogue: Epilogue,
     planes: bool,
+    /// Rows have factors.
+    factors: bool,
     /// Slices beside the first and whole groups of [`SLICES_AT_ONCE`].
     rest: usize,
 }
@@ -228,12 +236,13 @@ fn add_slices(
     sum
 }
 
-/// `out [rows, n]` of the sum over slices of `partials [slices, rows, 128 blocks]`, as [`finish`] defines it after the
-/// rotation.
+/// `out [rows, n]` of the sum over slices of `partials [slices, rows, 128 blocks]`, times the factor of its row if it has one,
+/// as [`finish`] defines it after the rotation.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rotate_output<H: Numeric, O: Numeric>(
     partials: &[Vector<f32, Const<4>>],
+    row_factors: &[f32],
     svh: &[f16],
     bias: &[f32],
     residual: &[H],
@@ -254,6 +263,10 @@ fn rotate_output<H: Numeric, O: Numeric>(
     let known = row < rows;
     let from = select(known, at, 0usize) * LANES + lane;
     let first_column = at % blocks * HADAMARD + lane * 4usize;
+    let mut factor = f32::new(NORM);
+    if comptime!(c.factors) {
+        factor *= row_factors[select(known, row, 0usize)];
+    }
     let mut scales = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
@@ -279,7 +292,7 @@ fn rotate_output<H: Numeric, O: Numeric>(
     for i in 0..4usize {
         let column = first_column + i;
         if known && column < n {
-            let value = values[i] * NORM * scales[i];
+            let value = values[i] * factor * scales[i];
             let at = row * n + column;
             finish::<H, O>(value, value, bias, bias, residual, out, at, column, flags, out_scale, c.epilogue);
         }
@@ -326,21 +339,28 @@ pub(super) fn input<R: Runtime>(
     }
 }
 
-/// Enqueues [`rotate_output`] of `partials [slices, M, N padded]`.
-pub(super) fn output<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, partials: &Tensor<Gpu<R>>, slices: usize) {
+/// Enqueues [`rotate_output`] of `partials [slices, M, N padded]`; `row_factors` are `[M]`.
+pub(super) fn output<R: Runtime>(
+    gpu: &Gpu<R>,
+    product: &Product<'_, R>,
+    partials: &Tensor<Gpu<R>>,
+    slices: usize,
+    row_factors: Option<&Buffer>,
+) {
     let (m, n) = (product.x.rows(), product.weight.out_features);
     let blocks = product.weight.padded_out() / HADAMARD;
-    let config =
-        OutputConfig { epilogue: product.epilogue(), planes: has_planes(gpu), rest: (slices - 1) % SLICES_AT_ONCE };
+    let (planes, factors, rest) = (has_planes(gpu), row_factors.is_some(), (slices - 1) % SLICES_AT_ONCE);
+    let config = OutputConfig { epilogue: product.epilogue(), planes, factors, rest };
     let [_, _, _, h, o] = product.elements();
-    // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, svh N padded, out m rows of n; the
-    // kernel compares rows and columns with m and n.
+    // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, the factors m, svh N
+    // padded, out m rows of n; the kernel compares rows and columns with m and n.
     unsafe {
         rotate_output::launch_unchecked::<R>(
             gpu.client(),
             cubes((m * blocks).div_ceil(BLOCKS)),
             units(),
             partials.buffer().arg(partials.elements() / 4),
+            row_factors.map_or_else(|| gpu.unread(), |factors| factors.arg(m)),
             product.weight.zeros_arg(1),
             product.weight.bias_arg(gpu),
             product.residual_arg(gpu),

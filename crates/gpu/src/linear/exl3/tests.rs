@@ -174,11 +174,11 @@ fn long_rows_are_cut_into_slices() {
     let k = 4096;
     for (n, rows) in [(128, &[1, 2, 5, 16, 30, 60, 120, 260][..]), (256, &[260])] {
         let host = weight(Codebook::Mul1, 3, n, k, 13);
-        for &m in rows {
-            let found = layer(&gpu, [m, n, k], &host, DType::F16, |d, args| d.linear(args));
-            let expected = layer(&Oracle::new(), [m, n, k], &host, DType::F16, |d, args| d.linear(args));
+        for (&m, dtype) in rows.iter().flat_map(|m| [(m, DType::F16), (m, DType::F32)]) {
+            let found = layer(&gpu, [m, n, k], &host, dtype, |d, args| d.linear(args));
+            let expected = layer(&Oracle::new(), [m, n, k], &host, dtype, |d, args| d.linear(args));
             let error = relative_norm(&found, &expected);
-            assert!(error < bound(&gpu, None, DType::F16), "{m} {n}: {error:e}");
+            assert!(error < bound(&gpu, None, dtype), "{m} {n} {dtype:?}: {error:e}");
         }
     }
 }
@@ -198,11 +198,64 @@ fn gated_products_of_different_codebooks() {
         d.read_f64(&out).unwrap()
     }
     let gpu = gpu();
-    for (m, dtype) in [(2, DType::F32), (2, DType::F16), (20, DType::F16)] {
+    for (m, dtype) in [(2, DType::F32), (5, DType::F32), (20, DType::F32), (2, DType::F16), (20, DType::F16)] {
         let error = relative_norm(&gated(&gpu, m, dtype), &gated(&Oracle::new(), m, dtype));
         // Of two products.
         let bound = 2.0 * bound(&gpu, None, dtype);
         assert!(error < bound, "{m} rows of {dtype:?}: {error:e}");
+    }
+}
+
+/// The products alone: no bias, activation or residual hides a row's size.
+fn plain<D: LinearOps>(d: &D, host: &Weight, dtype: DType, x: &[f32]) -> Vec<f64> {
+    let (n, k) = (host.out_features(), host.in_features());
+    let m = x.len() / k;
+    let weight = Linear::new(d, host.clone()).unwrap();
+    let x = d.upload(&HostTensor::from_f32_as(dtype, &[m, k], x).unwrap()).unwrap();
+    let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
+    let (activation, residual) = (Activation::None, Residual::None);
+    d.linear(LinearArgs { x: &x, weight: &weight, activation, out_scale: 1.0, residual, out: &mut out }).unwrap();
+    d.read_f64(&out).unwrap()
+}
+
+/// Sums of 14,336 products keep the precision of f32, of rows of any size: alone, a few together, and many.
+#[cfg(feature = "cuda")]
+#[test]
+fn rows_of_f32_keep_their_precision() {
+    let (gpu, oracle) = (gpu(), Oracle::new());
+    let sizes = [1.0, 1e-20, 1e-6, 7e4, 1e20, 1e30, -3.0, 65_504.0, 1e-3];
+    for (codebook, m, n, k) in [
+        (Codebook::Mcg, 1, 128, 14_336),
+        (Codebook::Mul1, 2, 130, 1000),
+        (Codebook::ThreeInst, 7, 128, 14_336),
+        (Codebook::Mul1, 11, 384, 14_336),
+        (Codebook::Mcg, 50, 256, 640),
+        (Codebook::Mcg, 140, 256, 14_336),
+        (Codebook::Mul1, 140, 384, 1000),
+    ] {
+        let host = Weight::exl3(matrix(codebook, 3, n, k, 51)).unwrap();
+        let mut x = values(m * k, 5);
+        for (row, size) in x.chunks_exact_mut(k).zip(sizes.iter().cycle()) {
+            row.iter_mut().for_each(|v| *v *= size);
+        }
+        // Outliers among small values.
+        let last = (m - 1) * k;
+        (x[last + 3], x[last + 200]) = (3e5, -1e7);
+        let what = format!("{codebook:?} M={m} N={n} K={k}");
+        let expected = plain(&oracle, &host, DType::F32, &x);
+        crate::test_values::assert_rows(&what, &plain(&gpu, &host, DType::F32, &x), &expected, n, 1e-5);
+        // What is not finite stays in its row.
+        for (value, row) in [(f32::NAN, 0), (f32::INFINITY, m - 1)] {
+            let mut x = x.clone();
+            x[row * k + 17] = value;
+            let found = plain(&gpu, &host, DType::F32, &x);
+            for (r, (found, expected)) in found.chunks_exact(n).zip(expected.chunks_exact(n)).enumerate() {
+                match r == row {
+                    true => assert!(found.iter().all(|v| !v.is_finite()), "{what}, {value} in row {r}: {found:?}"),
+                    false => crate::test_values::assert_rows(&what, found, expected, n, 1e-5),
+                }
+            }
+        }
     }
 }
 
@@ -220,18 +273,9 @@ fn errors_are_those_of_the_format() {
         let host = matrix(codebook, bits, n, k, 31);
         let svh: Vec<f64> = host.svh.iter().map(|&bits| half::f16::from_bits(bits).to_f64()).collect();
         let host = Weight::exl3(host).unwrap();
-        fn plain<D: LinearOps>(d: &D, host: &Weight, m: usize) -> Vec<f64> {
-            let (n, k) = (host.out_features(), host.in_features());
-            let weight = Linear::new(d, host.clone()).unwrap();
-            let x = d.upload(&HostTensor::from_f32_as(DType::F16, &[m, k], &values(m * k, 5)).unwrap()).unwrap();
-            let mut out = d.upload(&HostTensor::from_f32(&[m, n], &vec![f32::NAN; m * n]).unwrap()).unwrap();
-            let (activation, residual) = (Activation::None, Residual::None);
-            d.linear(LinearArgs { x: &x, weight: &weight, activation, out_scale: 1.0, residual, out: &mut out })
-                .unwrap();
-            d.read_f64(&out).unwrap()
-        }
-        let found = plain(&gpu, &host, m);
-        let expected = plain(&Oracle::new(), &host, m);
+        let x = values(m * k, 5);
+        let found = plain(&gpu, &host, DType::F16, &x);
+        let expected = plain(&Oracle::new(), &host, DType::F16, &x);
         for (row, (found, expected)) in found.chunks(n).zip(expected.chunks(n)).enumerate() {
             for start in (0..n).step_by(128) {
                 let block = start..n.min(start + 128);
@@ -317,7 +361,7 @@ fn tensor_cores_decode_exactly() {
                 let plan = rows::Plan::new(&gpu, &product(&x), trellis);
                 assert!(plan.takes_rotated());
                 let partials = nans(plan.slices);
-                rows::multiply(&gpu, &product(&x), &plan, Some(&x), &partials).unwrap();
+                rows::multiply(&gpu, &product(&x), &plan, rows::Rows::Rotated(&x), &partials).unwrap();
                 check(&partials);
                 continue;
             }

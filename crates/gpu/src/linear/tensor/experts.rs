@@ -30,6 +30,47 @@ pub(crate) struct ExpertRows<'a, R: Runtime> {
     pub(crate) experts: usize,
 }
 
+/// A cube's share of a product.
+#[derive(CubeType, Clone, Copy)]
+pub(in crate::linear) struct Share {
+    /// Its first row of the output, and the end of the rows.
+    pub(in crate::linear) first: usize,
+    pub(in crate::linear) end: usize,
+    /// Number of its weight.
+    pub(in crate::linear) place: usize,
+}
+
+/// The share of a cube of so many rows of m; with `experts`, that of a tile of [`ExpertRows`]: no rows where the tile is
+/// unused or its expert is not here.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(in crate::linear) fn share(
+    tiles: &[u32],
+    offsets: &[u32],
+    places: &[u32],
+    m: u32,
+    expert_count: u32,
+    first_place: u32,
+    #[comptime] rows: usize,
+    #[comptime] experts: bool,
+) -> Share {
+    if comptime!(experts) {
+        let expert = tiles[2 * CUBE_POS_X as usize];
+        let mut share = Share { first: 0usize.runtime(), end: 0usize.runtime(), place: 0usize.runtime() };
+        if expert < expert_count {
+            let place = places[(first_place * expert_count + expert) as usize];
+            if place != u32::MAX {
+                share.first = tiles[2 * CUBE_POS_X as usize + 1] as usize;
+                share.end = offsets[expert as usize + 1] as usize;
+                share.place = place as usize;
+            }
+        }
+        share
+    } else {
+        Share { first: CUBE_POS_X as usize * rows, end: m as usize, place: 0usize.runtime() }
+    }
+}
+
 /// `out [rows, N] = act(x W + b)`, times another tensor if there is one.
 pub(crate) struct ExpertProduct<'a, R: Runtime> {
     pub(crate) operation: &'static str,

@@ -2,7 +2,7 @@
 //! with f32 sums and the weights as they are stored. Codes enter the products exactly (their differences with zero points
 //! are rounded once) and groups are scaled in f32.
 
-mod experts;
+pub(super) mod experts;
 mod fragment;
 mod rows;
 pub(super) mod split;

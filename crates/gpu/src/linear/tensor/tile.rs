@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 use half::{bf16, f16};
 use marlin_ops::{Result, Tensor};
 
+use super::experts::{Share, share};
 use super::fragment::{Code, Operand, decode_word, double_zeros, widen_scales};
 use super::stage::{Stage, first_vectors, load_x, multiply_step, rows_from, store_x, zero_sums};
 use super::{Call, STEP, Target};
@@ -87,16 +88,6 @@ enum RowsOf {
     Gathered,
 }
 
-/// A cube's share of the product.
-#[derive(CubeType, Clone, Copy)]
-struct Share {
-    /// Its first row of the output, and the end of the rows.
-    first: usize,
-    end: usize,
-    /// Number of its weight.
-    place: usize,
-}
-
 impl TileConfig {
     /// How rows of x lie in shared memory, for each part of K.
     const fn stage(self) -> Stage {
@@ -141,7 +132,8 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
     #[comptime] c: TileConfig,
     #[define(H, O)] _elements: [ElemType; 2],
 ) {
-    let share = share(tiles, offsets, places, m, experts, first_place, c);
+    let sorted = comptime!(c.rows_of != RowsOf::One);
+    let share = share(tiles, offsets, places, m, experts, first_place, comptime!(c.tile.rows()), sorted);
     if share.first >= share.end {
         terminate!();
     }
@@ -248,34 +240,6 @@ fn multiply_tile<F: Float, H: Numeric, O: Numeric>(
             out_scale,
             c,
         );
-    }
-}
-
-/// The rows of a cube, and the weight they meet; no rows where the tile is unused or its expert is not here.
-#[cube]
-fn share(
-    tiles: &[u32],
-    offsets: &[u32],
-    places: &[u32],
-    m: u32,
-    experts: u32,
-    first_place: u32,
-    #[comptime] c: TileConfig,
-) -> Share {
-    if comptime!(c.rows_of == RowsOf::One) {
-        Share { first: CUBE_POS_X as usize * comptime!(c.tile.rows()), end: m as usize, place: 0usize.runtime() }
-    } else {
-        let expert = tiles[2 * CUBE_POS_X as usize];
-        let mut share = Share { first: 0usize.runtime(), end: 0usize.runtime(), place: 0usize.runtime() };
-        if expert < experts {
-            let place = places[(first_place * experts + expert) as usize];
-            if place != u32::MAX {
-                share.first = tiles[2 * CUBE_POS_X as usize + 1] as usize;
-                share.end = offsets[expert as usize + 1] as usize;
-                share.place = place as usize;
-            }
-        }
-        share
     }
 }
 

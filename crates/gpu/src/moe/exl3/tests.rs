@@ -44,22 +44,22 @@ fn trellis(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Weig
 }
 
 fn grouped(n: usize, k: usize, seed: u32) -> Weight {
-    let scheme = Scheme::new(Format::Int4S4, 8).unwrap();
+    let scheme = Scheme::new(Format::Int4S4, if k.is_multiple_of(32) { 32 } else { 8 }).unwrap();
     Weight::quantized(QuantizedMatrix::encode(scheme, &values(n * k, seed), n, k).unwrap()).unwrap()
 }
 
-/// Gate, up and down differ, and the last expert has one projection of another format.
-fn experts<D: MoeOps>(d: &D) -> ExpertStack<D> {
+/// Gate, up and down differ, and the last expert may have one projection of another format.
+fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], mixed: bool) -> ExpertStack<D> {
     let expert = |e: usize| {
         let seed = 100 * e as u32;
         let up = match e {
-            2 => grouped(INTERMEDIATE, HIDDEN, seed),
-            _ => trellis(Codebook::Mul1, 4, INTERMEDIATE, HIDDEN, seed + 10),
+            2 if mixed => grouped(intermediate, hidden, seed),
+            _ => trellis(Codebook::Mul1, 4, intermediate, hidden, seed + 10),
         };
         ExpertWeights {
-            gate: trellis(Codebook::Mcg, 3, INTERMEDIATE, HIDDEN, seed),
+            gate: trellis(Codebook::Mcg, 3, intermediate, hidden, seed),
             up,
-            down: trellis(Codebook::ThreeInst, 2 + e as u32, HIDDEN, INTERMEDIATE, seed + 20),
+            down: trellis(Codebook::ThreeInst, 2 + e as u32, hidden, intermediate, seed + 20),
         }
     };
     ExpertStack::new(d, (0..EXPERTS).map(expert).collect()).unwrap()
@@ -69,15 +69,31 @@ fn ids(tokens: usize) -> Vec<u32> {
     (0..tokens as u32).flat_map(|t| [t % 3, (t + 1 + t / 3 % 2) % 3]).collect()
 }
 
-fn mlp<D: MoeOps>(d: &D, tokens: usize, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -> Result<()>) -> Result<Vec<f64>> {
-    let x = d.upload(&HostTensor::from_f32_as(DType::F16, &[tokens, HIDDEN], &values(tokens * HIDDEN, 1))?)?;
-    let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens))?)?;
-    let weights = d.upload(&HostTensor::from_f32(&[tokens, 2], &values(tokens * 2, 2))?)?;
-    let mut out = d.upload(&HostTensor::from_f32(&[tokens, HIDDEN], &vec![f32::NAN; tokens * HIDDEN])?)?;
-    let experts = &experts(d);
-    let (activation, residual) = (Activation::Silu, Residual::None);
-    run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
-    d.read_f64(&out)
+/// Two of three experts for each token.
+struct Case {
+    tokens: usize,
+    /// Hidden and intermediate features.
+    sizes: [usize; 2],
+    mixed: bool,
+    x: DType,
+}
+
+impl Case {
+    fn of_tokens(tokens: usize) -> Self {
+        Self { tokens, sizes: [HIDDEN, INTERMEDIATE], mixed: true, x: DType::F16 }
+    }
+
+    fn run<D: MoeOps>(&self, d: &D, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -> Result<()>) -> Result<Vec<f64>> {
+        let (tokens, hidden) = (self.tokens, self.sizes[0]);
+        let x = d.upload(&HostTensor::from_f32_as(self.x, &[tokens, hidden], &values(tokens * hidden, 1))?)?;
+        let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens))?)?;
+        let weights = d.upload(&HostTensor::from_f32(&[tokens, 2], &values(tokens * 2, 2))?)?;
+        let mut out = d.upload(&HostTensor::from_f32(&[tokens, hidden], &vec![f32::NAN; tokens * hidden])?)?;
+        let experts = &experts(d, self.sizes, self.mixed);
+        let (activation, residual) = (Activation::Silu, Residual::None);
+        run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
+        d.read_f64(&out)
+    }
 }
 
 #[test]
@@ -89,8 +105,9 @@ fn mlps_agree() {
         (7, ExpertKernel::grouped(8)),
         (40, ExpertKernel::grouped(32)),
     ] {
-        let found = mlp(&gpu, tokens, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
-        let expected = mlp(&Oracle::new(), tokens, |d, args| d.moe_expert_mlp(args)).unwrap();
+        let case = Case::of_tokens(tokens);
+        let found = case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
+        let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
         let error = relative_norm(&found, &expected);
         assert!(error < 1e-5, "{tokens} tokens, {kernel:?}: {error:e}");
     }
@@ -98,9 +115,39 @@ fn mlps_agree() {
 
 #[test]
 fn one_launch_cannot_rotate() {
-    let outcome = mlp(&gpu(), 2, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::FUSED));
+    let outcome = Case::of_tokens(2).run(&gpu(), |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::FUSED));
     assert!(matches!(outcome, Err(OpError::Unsupported { .. })), "{outcome:?}");
     assert_eq!(ExpertKernel::FUSED.strategy, ExpertStrategy::Fused);
+}
+
+/// Rows of one expert beyond a tile, experts without rows, padded sizes, and INT4 beside EXL3; the last two as they are chosen.
+#[cfg(feature = "cuda")]
+#[test]
+fn tensor_cores_agree() {
+    let gpu = gpu();
+    let (padded, whole) = ([HIDDEN, INTERMEDIATE], [256, 384]);
+    for (tokens, sizes, mixed, x, kernel) in [
+        (1, padded, false, DType::F32, Some(ExpertKernel::tensor(32))),
+        (40, padded, false, DType::F16, Some(ExpertKernel::tensor(32))),
+        (70, whole, true, DType::F32, Some(ExpertKernel::tensor(64))),
+        (200, padded, false, DType::BF16, Some(ExpertKernel::tensor(64))),
+        (9, padded, false, DType::F32, None),
+        (300, whole, true, DType::F32, None),
+    ] {
+        let case = Case { tokens, sizes, mixed, x };
+        let found = case.run(&gpu, |d, args| match kernel {
+            Some(kernel) => d.moe_expert_mlp_with(args, &kernel),
+            None => d.moe_expert_mlp(args),
+        });
+        let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
+        let error = relative_norm(&found.unwrap(), &expected);
+        assert!(error < 1e-5, "{tokens} tokens of {x:?}, {kernel:?}: {error:e}");
+    }
+    let case = Case { tokens: 8, sizes: whole, mixed: false, x: DType::F32 };
+    match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(128))) {
+        Err(OpError::Unsupported { what, .. }) => assert!(what.contains("tiles of 128 rows"), "{what}"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -116,7 +163,7 @@ fn sorted_rows_of_one_projection() {
         let unwritten = vec![f32::NAN; 2 * tokens * n];
         let mut out = d.upload(&HostTensor::from_f32(&[2 * tokens, n], &unwritten).unwrap()).unwrap();
         let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
-        let experts = &experts(d);
+        let experts = &experts(d, [HIDDEN, INTERMEDIATE], true);
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }

@@ -1,7 +1,9 @@
-//! Products of rotated f16 rows with tiles on tensor cores whose fragments are known (`m16n8k16` of planes of 32), with f32
-//! sums.
+//! Products of rotated rows with tiles on tensor cores whose fragments are known (`m16n8k16` of planes of 32), with f32 sums.
+//! Rows are f16, or sums of two f16 ([`parts`]).
 
+pub(super) mod experts;
 mod fragment;
+mod parts;
 pub(super) mod rows;
 pub(super) mod tile;
 
@@ -9,13 +11,18 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
 use cubecl::prelude::*;
 use marlin_formats::DType;
-use marlin_ops::Result;
+use marlin_ops::{Result, Tensor};
 
 use crate::decode::Trellis;
-use crate::linear::exl3::rotate;
+use crate::linear::exl3::rotate::{self, Channels};
 use crate::linear::limit;
 use crate::linear::operands::Product;
 use crate::{Buffer, Gpu};
+
+/// f16 values that a value of x is the sum of: others would lose range or precision as one.
+const fn parts_of(dtype: DType) -> usize {
+    if matches!(dtype, DType::F16) { 1 } else { 2 }
+}
 
 /// Launches the product with a trellis, rotations and all; `factors` are the row factors of its norm.
 pub(super) fn launch<R: Runtime>(
@@ -30,8 +37,30 @@ pub(super) fn launch<R: Runtime>(
     }
 }
 
+/// x, rotated as operands `[parts, M, K padded]` f16, and what the products of its rows are multiplied with.
+type Operands<R> = (Tensor<Gpu<R>>, Option<Buffer>);
+
+/// Enqueues the rotation of x.
+fn operands<R: Runtime>(
+    gpu: &Gpu<R>,
+    product: &Product<'_, R>,
+    factors: Option<&Buffer>,
+    channels: Channels,
+) -> Result<Operands<R>> {
+    let dims = [product.x.rows(), product.weight.padded_in()];
+    if parts_of(product.x.dtype()) == 1 {
+        let rotated = gpu.scratch(product.operation, DType::F16, &dims)?;
+        rotate::input(gpu, product, factors, channels, &rotated);
+        return Ok((rotated, None));
+    }
+    let rotated = gpu.scratch(product.operation, DType::F32, &dims)?;
+    rotate::input(gpu, product, factors, Channels::Neighbours, &rotated);
+    let (parts, inverses) = parts::split(gpu, product.operation, &rotated, channels)?;
+    Ok((parts, Some(inverses)))
+}
+
 /// Whether the device multiplies such fragments.
-pub(super) fn available<R: Runtime>(gpu: &Gpu<R>) -> bool {
+pub(crate) fn available<R: Runtime>(gpu: &Gpu<R>) -> bool {
     let config = |ab: ElemType, cd: ElemType, k: u32| MmaConfig {
         a_type: ab.into(),
         b_type: ab.into(),
@@ -44,11 +73,6 @@ pub(super) fn available<R: Runtime>(gpu: &Gpu<R>) -> bool {
     let sums = config(ElemType::UInt(UIntKind::U8), ElemType::Int(IntKind::I32), 32);
     let known = &gpu.properties().features.matmul.mma;
     rotate::has_planes(gpu) && known.contains(&products) && known.contains(&sums)
-}
-
-/// The dtype of activations that the kernel takes: others would lose range or precision as f16.
-pub(super) const fn takes(dtype: DType) -> bool {
-    matches!(dtype, DType::F16)
 }
 
 /// Checks that the device has so much shared memory.

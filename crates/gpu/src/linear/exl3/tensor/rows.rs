@@ -1,23 +1,24 @@
-//! Products of few rotated f16 rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
+//! Products of few rotated rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
 //! eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where one or two of
 //! them are also rotated.
 
 use cubecl::cmma::MmaDefinition;
-use cubecl::ir::{ElemType, UIntKind};
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::DType;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
-use super::check_shared;
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
+use super::parts::{high_words, inverse, low_words, power};
+use super::{check_shared, operands, parts_of};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
-use crate::element::{Storage, load};
-use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, pair, transform};
+use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, transform};
 use crate::linear::grid;
-use crate::linear::operands::Product;
+use crate::linear::operands::{Input, Product, load_input};
+use crate::reduce::{cube_max, max_of};
 use crate::{Buffer, Gpu};
 
 /// Tile rows of a Hadamard block.
@@ -55,8 +56,10 @@ struct RowsConfig {
     depth: usize,
     /// Slices are whole turns of all planes.
     even: bool,
+    /// f16 values that a value of x is the sum of.
+    parts: usize,
     /// x as it comes, to be rotated; otherwise it was.
-    rotated: Option<Storage>,
+    raw: Option<Input>,
 }
 
 impl RowsConfig {
@@ -65,23 +68,30 @@ impl RowsConfig {
         self.stage * 4 + 4
     }
 
+    /// Vectors of x in shared memory: [part, row].
+    const fn staged(&self) -> usize {
+        self.parts * self.rows * self.row_stride()
+    }
+
     /// Words of a plane's tiles that a lane loads at once.
     const fn words(&self) -> usize {
         self.depth * TILES * self.trellis.lane_words()
     }
 
     const fn shared_bytes(&self) -> usize {
-        self.rows * self.row_stride() * 8 + self.planes * SUMS * LANES * 8
+        self.staged() * 8 + self.planes * SUMS * LANES * 8
     }
 }
 
-/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`. x is `[m, k]`, or in the order of
-/// [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
+/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`. x is `[m, k]`, or `[parts, m, k]` in the order
+/// of [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
-fn multiply_tiles<X: Numeric>(
+fn multiply_tiles<X: Numeric, G: Numeric>(
     words: &[u32],
     x: &[X],
+    gamma: &[G],
+    row_factors: &[f32],
     rotated: &[Vector<u32, Const<2>>],
     suh: &[f16],
     partials: &mut [f32],
@@ -90,9 +100,10 @@ fn multiply_tiles<X: Numeric>(
     tile_rows: u32,
     tile_columns: u32,
     slice_rows: u32,
+    gamma_offset: f32,
     constants: Constants,
     #[comptime] c: RowsConfig,
-    #[define(X)] _element: ElemType,
+    #[define(X, G)] _elements: [ElemType; 2],
 ) {
     let unit = UNIT_POS_X as usize;
     let plane = UNIT_POS_Y as usize;
@@ -108,7 +119,7 @@ fn multiply_tiles<X: Numeric>(
     for i in 0..3usize {
         lane_words[i] = lane_word(unit, i, c.trellis) + CUBE_POS_X as usize * comptime!(TILES * c.trellis.tile_words());
     }
-    let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_aligned_slice(comptime!(c.rows * c.row_stride()), 16usize);
+    let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_aligned_slice(comptime!(c.staged()), 16usize);
     let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
     #[unroll]
     for _i in 0..TILES {
@@ -123,7 +134,28 @@ fn multiply_tiles<X: Numeric>(
         let at = begin + plane + comptime!(d * c.planes);
         load_words(words, &lane_words, &mut loaded, at, end, tile_columns, d, c);
     }
-    stage_rows::<X>(x, rotated, suh, &mut stage, begin, end, m, k, tile_rows, c);
+    let mut largest = Array::<f32>::new(comptime!(c.rows));
+    #[unroll]
+    for r in 0..comptime!(c.rows) {
+        largest[r] = f32::new(0.0);
+    }
+    let mut task = plane;
+    let blocks = (end - begin) / BLOCK_ROWS;
+    while task < blocks * comptime!(c.rows) {
+        let (row, block) = (task / blocks, task % blocks);
+        if comptime!(c.raw.is_some()) {
+            let first = (begin + block * BLOCK_ROWS) * SIDE;
+            let values = rotate_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, c);
+            stage_raw(&values, &mut stage, &mut largest, row, block, c);
+        } else {
+            let first = begin + block * BLOCK_ROWS;
+            stage_rotated(rotated, &mut stage, row, block, first, m, tile_rows, c);
+        }
+        task += comptime!(c.planes);
+    }
+    if comptime!(c.raw.is_some() && c.parts == 2) {
+        split_staged(&mut stage, &mut largest, blocks, c);
+    }
     sync_cube();
     if comptime!(c.even) {
         // Words have indices of 32 bits; only the sum with the address has 64.
@@ -178,7 +210,7 @@ fn multiply_tiles<X: Numeric>(
         shared[(plane * SUMS + i) * LANES + unit] = products.index(comptime!(i / 2))[comptime!(i % 2)];
     }
     sync_cube();
-    write_sums(&shared, partials, m, tile_columns * SIDE, c);
+    write_sums(&shared, &largest, partials, m, tile_columns * SIDE, c);
 }
 
 /// Loads a lane's words of a tile row, the `d`th of those loaded; a tile row from `end` on is another.
@@ -229,49 +261,132 @@ fn load_next(
     }
 }
 
-/// Puts tile rows `begin` to `end` of x into shared memory.
+/// A lane's values of a block of a row, rotated; the block's features are those from `first` on.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn stage_rows<X: Numeric>(
+fn rotate_raw<X: Numeric, G: Numeric>(
     x: &[X],
-    rotated: &[Vector<u32, Const<2>>],
+    gamma: &[G],
+    row_factors: &[f32],
     suh: &[f16],
-    stage: &mut Shared<[Vector<u32, Const<2>>]>,
-    begin: usize,
-    end: usize,
+    row: usize,
+    first: usize,
     m: usize,
     k: usize,
+    gamma_offset: f32,
+    #[comptime] c: RowsConfig,
+) -> Array<f32> {
+    let input = comptime!(c.raw.unwrap());
+    let first = first + first_channel(UNIT_POS_X as usize, Channels::Fragment);
+    let mut factor = f32::new(NORM);
+    if comptime!(input.gamma.is_some()) {
+        factor *= row_factors[select(row < m, row, 0usize)];
+    }
+    let mut values = Array::<f32>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        let feature = first + comptime!(Channels::Fragment.offset(i));
+        let inside = row < m && feature < k;
+        let at = select(inside, row * k + feature, 0usize);
+        let value = load_input::<X, G>(x, gamma, at, select(inside, feature, 0usize), gamma_offset, input);
+        // suh has all of K padded.
+        values[i] = select(inside, value * f32::cast_from(suh[feature]) * factor, f32::new(0.0));
+    }
+    transform(&mut values, true);
+    values
+}
+
+/// Puts a lane's rotated values into shared memory: as f16, or, if they are to be split, as f32 where their parts will be.
+#[cube]
+fn stage_raw(
+    values: &Array<f32>,
+    stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    largest: &mut Array<f32>,
+    row: usize,
+    block: usize,
+    #[comptime] c: RowsConfig,
+) {
+    let to = row * comptime!(c.row_stride()) + block * LANES + UNIT_POS_X as usize;
+    if comptime!(c.parts == 1) {
+        stage[to] = high_words(values);
+    } else {
+        let mut words = Vector::<u32, Const<2>>::empty();
+        words.insert(0usize, u32::reinterpret(values[0]));
+        words.insert(1usize, u32::reinterpret(values[1]));
+        stage[to] = words;
+        words.insert(0usize, u32::reinterpret(values[2]));
+        words.insert(1usize, u32::reinterpret(values[3]));
+        stage[to + comptime!(c.rows * c.row_stride())] = words;
+        #[unroll]
+        for r in 0..comptime!(c.rows) {
+            #[unroll]
+            for i in 0..4usize {
+                let value = select(row == r, f32::abs(values[i]), f32::new(0.0));
+                largest[r] = max_of(largest[r], value);
+            }
+        }
+    }
+}
+
+/// Splits the values of [`stage_raw`], each row times a power of two; `largest` are their largest values of this unit, and
+/// one over these powers afterwards.
+#[cube]
+fn split_staged(
+    stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    largest: &mut Array<f32>,
+    blocks: usize,
+    #[comptime] c: RowsConfig,
+) {
+    let mut powers = Array::<f32>::new(comptime!(c.rows));
+    #[unroll]
+    for r in 0..comptime!(c.rows) {
+        powers[r] = power(cube_max(largest[r], comptime!(LANES * c.planes)));
+        largest[r] = inverse(powers[r]);
+    }
+    let mut task = UNIT_POS_Y as usize;
+    while task < blocks * comptime!(c.rows) {
+        let (row, block) = (task / blocks, task % blocks);
+        let mut factor = powers[0];
+        #[unroll]
+        for r in 1..comptime!(c.rows) {
+            factor = select(row == r, powers[r], factor);
+        }
+        // A lane's own.
+        let at = row * comptime!(c.row_stride()) + block * LANES + UNIT_POS_X as usize;
+        let low = stage[at];
+        let high = stage[at + comptime!(c.rows * c.row_stride())];
+        let mut values = Array::<f32>::new(4usize);
+        #[unroll]
+        for i in 0..2usize {
+            values[i] = f32::reinterpret(low.extract(i)) * factor;
+            values[comptime!(2 + i)] = f32::reinterpret(high.extract(i)) * factor;
+        }
+        stage[at] = high_words(&values);
+        stage[at + comptime!(c.rows * c.row_stride())] = low_words(&values);
+        task += comptime!(c.planes);
+    }
+}
+
+/// Copies a block of a rotated row, whose tile rows are those from `first` on, into shared memory.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn stage_rotated(
+    rotated: &[Vector<u32, Const<2>>],
+    stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    row: usize,
+    block: usize,
+    first: usize,
+    m: usize,
     tile_rows: usize,
     #[comptime] c: RowsConfig,
 ) {
     let lane = UNIT_POS_X as usize;
-    let blocks = (end - begin) / BLOCK_ROWS;
-    let mut task = UNIT_POS_Y as usize;
-    while task < blocks * comptime!(c.rows) {
-        let (row, block) = (task / blocks, task % blocks);
-        let mut words = Vector::<u32, Const<2>>::new(0u32);
-        if comptime!(c.rotated.is_some()) {
-            let storage = comptime!(c.rotated.unwrap_or(Storage::F32));
-            let first = (begin + block * BLOCK_ROWS) * SIDE + first_channel(lane, Channels::Fragment);
-            let mut values = Array::<f32>::new(4usize);
-            #[unroll]
-            for i in 0..4usize {
-                let feature = first + comptime!(Channels::Fragment.offset(i));
-                let inside = row < m && feature < k;
-                let value = load::<X>(x, select(inside, row * k + feature, 0usize), storage);
-                // suh has all of K padded.
-                values[i] = select(inside, value * f32::cast_from(suh[feature]) * NORM, f32::new(0.0));
-            }
-            transform(&mut values, true);
-            words.insert(0usize, pair(values[0], values[1]));
-            words.insert(1usize, pair(values[2], values[3]));
-        } else {
-            // Rows beyond the last are computed from the last and not written.
-            let known = select(row < m, row, m - 1usize);
-            words = rotated[(known * tile_rows + begin + block * BLOCK_ROWS) * 4usize + lane];
-        }
-        stage[row * comptime!(c.row_stride()) + block * LANES + lane] = words;
-        task += comptime!(c.planes);
+    // Rows beyond the last are computed from the last and not written.
+    let known = select(row < m, row, m - 1usize);
+    #[unroll]
+    for part in 0..comptime!(c.parts) {
+        let words = rotated[((part * m + known) * tile_rows + first) * 4usize + lane];
+        stage[(part * comptime!(c.rows) + row) * comptime!(c.row_stride()) + block * LANES + lane] = words;
     }
 }
 
@@ -289,10 +404,16 @@ fn multiply_row(
 ) {
     let mma = MmaDefinition::<f16, f16, f32>::new(16usize, 8usize, 16usize);
     let (g, t) = (UNIT_POS_X as usize / 4usize, UNIT_POS_X as usize % 4usize);
-    let words = stage[g % comptime!(c.rows) * comptime!(c.row_stride()) + at * 4usize + t];
-    let mut input = Array::<Vector<f16, Const<2>>>::new(2usize);
-    input[0] = Vector::<f16, Const<2>>::reinterpret(words.extract(0usize));
-    input[1] = Vector::<f16, Const<2>>::reinterpret(words.extract(1usize));
+    let mut inputs = Sequence::<Array<Vector<f16, Const<2>>>>::new();
+    #[unroll]
+    for part in 0..comptime!(c.parts) {
+        let row = comptime!(part * c.rows) + g % comptime!(c.rows);
+        let words = stage[row * comptime!(c.row_stride()) + at * 4usize + t];
+        let mut input = Array::<Vector<f16, Const<2>>>::new(2usize);
+        input[0] = Vector::<f16, Const<2>>::reinterpret(words.extract(0usize));
+        input[1] = Vector::<f16, Const<2>>::reinterpret(words.extract(1usize));
+        inputs.push(input);
+    }
     // Two are decoded before the first is multiplied: products wait for what tensor cores decode. More take registers.
     #[unroll]
     for two in 0..comptime!(TILES / 2) {
@@ -303,16 +424,21 @@ fn multiply_row(
             weights.push(decode_lane(loaded, lane, first, c.trellis));
         }
         #[unroll]
-        for i in 0..2usize {
-            mma.execute_inplace(weights.index(i), &input, products.index_mut(comptime!(2 * two + i)));
+        for part in 0..comptime!(c.parts) {
+            #[unroll]
+            for i in 0..2usize {
+                let product = products.index_mut(comptime!(2 * two + i));
+                mma.execute_inplace(weights.index(i), inputs.index(part), product);
+            }
         }
     }
 }
 
-/// Adds the planes' sums up in order and writes them.
+/// Adds the planes' sums up in order and writes them, of rows that were split here times `factors`.
 #[cube]
 fn write_sums(
     shared: &Shared<[Vector<f32, Const<2>>]>,
+    factors: &Array<f32>,
     partials: &mut [f32],
     m: usize,
     n: usize,
@@ -332,7 +458,12 @@ fn write_sums(
         for e in 0..2usize {
             let row = pair * 2usize + e;
             if row < m {
-                partials[(CUBE_POS_Y as usize * m + row) * n + CUBE_POS_X as usize * WIDTH + column] = sum.extract(e);
+                let mut value = sum.extract(e);
+                if comptime!(c.raw.is_some() && c.parts == 2) {
+                    // One or two rows: those of the first pair.
+                    value *= factors[comptime!(if e < c.rows { e } else { 0 })];
+                }
+                partials[(CUBE_POS_Y as usize * m + row) * n + CUBE_POS_X as usize * WIDTH + column] = value;
             }
         }
         slot += comptime!(LANES * c.planes);
@@ -363,15 +494,15 @@ impl Plan {
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let planes = 1 << (28 / resident).clamp(4, 16).ilog2();
         let even = tile_rows.is_multiple_of(stage) && stage.is_multiple_of(planes * depth);
-        let raw = m <= ROTATED_ROWS && product.norm.is_none();
-        let rotated = raw.then(|| Storage::of(product.x.dtype()));
-        let config = RowsConfig { trellis, rows: m.next_power_of_two(), stage, planes, depth, even, rotated };
+        let (rows, parts) = (m.next_power_of_two(), parts_of(product.x.dtype()));
+        let raw = (m <= ROTATED_ROWS).then(|| product.input());
+        let config = RowsConfig { trellis, rows, stage, planes, depth, even, parts, raw };
         Self { config, slices }
     }
 
     /// Whether x is to be rotated before.
     pub(in crate::linear::exl3) fn takes_rotated(&self) -> bool {
-        self.config.rotated.is_none()
+        self.config.raw.is_none()
     }
 }
 
@@ -382,27 +513,34 @@ pub(super) fn launch<R: Runtime>(
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
-    let (operation, weight) = (product.operation, product.weight);
-    let (m, k) = (product.x.rows(), weight.padded_in());
     let plan = Plan::new(gpu, product, trellis);
-    let partials = gpu.scratch(operation, DType::F32, &[plan.slices, m, weight.padded_out()])?;
+    let dims = [plan.slices, product.x.rows(), product.weight.padded_out()];
+    let partials = gpu.scratch(product.operation, DType::F32, &dims)?;
     if plan.takes_rotated() {
-        let rotated = gpu.scratch(operation, DType::F16, &[m, k])?;
-        rotate::input(gpu, product, factors, Channels::Fragment, &rotated);
-        multiply(gpu, product, &plan, Some(&rotated), &partials)?;
+        let (rotated, inverses) = operands(gpu, product, factors, Channels::Fragment)?;
+        multiply(gpu, product, &plan, Rows::Rotated(&rotated), &partials)?;
+        rotate::output(gpu, product, &partials, plan.slices, inverses.as_ref());
     } else {
-        multiply(gpu, product, &plan, None, &partials)?;
+        multiply(gpu, product, &plan, Rows::Raw(factors), &partials)?;
+        rotate::output(gpu, product, &partials, plan.slices, None);
     }
-    rotate::output(gpu, product, &partials, plan.slices);
     Ok(())
 }
 
-/// Enqueues the product into `partials [slices, M, N padded]`; `rotated` is x after the rotation if the plan takes it.
+/// The rows of a product as the plan takes them.
+pub(in crate::linear::exl3) enum Rows<'a, R: Runtime> {
+    /// As they come, with the row factors of their norm.
+    Raw(Option<&'a Buffer>),
+    /// `[parts, M, K padded]` f16.
+    Rotated(&'a Tensor<Gpu<R>>),
+}
+
+/// Enqueues the product into `partials [slices, M, N padded]`.
 pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     gpu: &Gpu<R>,
     product: &Product<'_, R>,
     plan: &Plan,
-    rotated: Option<&Tensor<Gpu<R>>>,
+    rows: Rows<'_, R>,
     partials: &Tensor<Gpu<R>>,
 ) -> Result<()> {
     check_shared(gpu, product.operation, plan.config.shared_bytes())?;
@@ -410,20 +548,24 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     let (k, n) = (weight.padded_in(), weight.padded_out());
     let cubes = [n / WIDTH, plan.slices, 1];
     let count = grid(gpu, product.operation, cubes)?;
-    let (x, element) = match config.rotated {
-        Some(storage) => (product.x_arg(), storage.elem()),
-        None => (gpu.unread(), ElemType::UInt(UIntKind::U32)),
+    let [x, g, ..] = product.elements();
+    let (factors, rotated) = match rows {
+        Rows::Raw(factors) => (factors.map_or_else(|| gpu.unread(), |factors| factors.arg(m)), gpu.unread()),
+        Rows::Rotated(rotated) => (gpu.unread(), rotated.buffer().arg(rotated.elements() / 4)),
     };
-    // SAFETY: x holds m rows of k, suh K padded, the words all tiles, `partials` what it says and `rotated` m rows of K
-    // padded; tile rows are compared with those of the slice and of K, rows and features with m and k.
+    // SAFETY: x holds m rows of k, suh K padded, gamma and the factors k and m where they are read, the words all tiles,
+    // `partials` what it says and `rotated` the parts of m rows of K padded; tile rows are compared with those of the slice
+    // and of K, rows and features with m and k.
     unsafe {
         multiply_tiles::launch_unchecked::<R>(
             gpu.client(),
             count,
             CubeDim::new_2d(LANES as u32, config.planes as u32),
             weight.words_arg(1),
-            x,
-            rotated.map_or_else(|| gpu.unread(), |rotated| rotated.buffer().arg(rotated.elements() / 4)),
+            product.x_arg(),
+            product.gamma_arg(gpu),
+            factors,
+            rotated,
             weight.scales_arg(1),
             partials.buffer().arg(partials.elements()),
             m as u32,
@@ -431,9 +573,10 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             (k / SIDE) as u32,
             (n / SIDE) as u32,
             config.stage as u32,
+            product.norm_scalars().0,
             config.trellis.constants(),
             config,
-            element,
+            [x, g],
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! More than a few rotated f16 rows on tensor cores (`m16n8k16` of planes of 32): a cube stages its rows in shared memory,
+//! More than a few rotated rows on tensor cores (`m16n8k16` of planes of 32): a cube stages its rows in shared memory,
 //! while every plane has 32 columns of its own, whose words it loads and decodes. So many rows that their weights would be
 //! decoded again and again multiply operands that were decoded before.
 
@@ -10,14 +10,17 @@ use marlin_formats::DType;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
-use super::check_shared;
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
+use super::{check_shared, operands, parts_of};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES};
 use crate::linear::operands::Product;
+use crate::linear::tensor::ExpertRows;
+use crate::linear::tensor::experts::share;
 use crate::linear::tensor::stage::{Stage, first_vectors, load_x, multiply_step, rows_from, store_x, zero_sums};
 use crate::linear::{grid, limit};
+use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
 
 /// Input features of a step: two rows of tiles.
@@ -26,7 +29,9 @@ const STEP: usize = 2 * SIDE;
 const PLANE_COLUMNS: usize = 2 * SIDE;
 /// Neighbouring tiles that a plane decodes, and planes of a cube of [`decode_tiles`]: both divide the tiles of a block.
 const DECODED: usize = HADAMARD / SIDE;
-/// Most rows whose weights are decoded where they are multiplied.
+/// Input features whose products tensor cores add up before the sum is put away.
+const RUN: usize = 512;
+/// Most rows, times their parts, whose weights are decoded where they are multiplied.
 const MOST_DECODING: usize = 256;
 /// Most decoded weights at a time: 256 MiB.
 const MOST_DECODED: usize = 1 << 27;
@@ -84,6 +89,10 @@ struct TileConfig {
     trellis: Trellis,
     /// Weights were decoded by [`decode_tiles`]; otherwise they come as words.
     decoded: bool,
+    /// f16 values that a value of x is the sum of. With two, sums keep the precision of f32.
+    parts: usize,
+    /// Rows are sorted by the expert whose weight they meet.
+    experts: bool,
 }
 
 impl TileConfig {
@@ -107,7 +116,17 @@ impl TileConfig {
 
     /// How rows of x lie in shared memory.
     const fn stage(self) -> Stage {
-        Stage { rows: self.rows(), parts: 1, steps: self.steps, units: LANES * self.planes, paired: false }
+        Stage { rows: self.rows(), parts: self.parts, steps: self.steps, units: LANES * self.planes, paired: false }
+    }
+
+    /// Sums are put away now and then: tensor cores cut off what they add up, always towards 0.
+    const fn exact(self) -> bool {
+        self.parts > 1
+    }
+
+    /// Stages of a run of sums.
+    const fn run(self) -> usize {
+        RUN / (STEP * self.steps)
     }
 
     const fn shared_bytes(self) -> usize {
@@ -115,14 +134,17 @@ impl TileConfig {
     }
 }
 
-/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[m, k]` in the
-/// order of [`Channels::FragmentPairs`]. Weights have `tile_columns` of tiles: all words, or the operands of these columns.
+/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[parts, m, k]` in the
+/// order of [`Channels::FragmentPairs`]. Of experts, cubes have tiles of rows of one expert. Weights have `tile_columns` of tiles: all words, or the operands of these columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_rows(
     words: &[u32],
     operands: &[Vector<u32, Const<4>>],
     x: &[Vector<u32, Const<4>>],
+    tiles: &[u32],
+    offsets: &[u32],
+    places: &[u32],
     partials: &mut [f32],
     m: u32,
     k: u32,
@@ -130,9 +152,15 @@ fn multiply_rows(
     first_column: u32,
     tile_columns: u32,
     slices: u32,
+    experts: u32,
+    first_place: u32,
     constants: Constants,
     #[comptime] c: TileConfig,
 ) {
+    let share = share(tiles, offsets, places, m, experts, first_place, comptime!(c.rows()), c.experts);
+    if share.first >= share.end {
+        terminate!();
+    }
     let unit = UNIT_POS_X as usize;
     let (g, t) = (unit / 4, unit % 4);
     let plane = UNIT_POS_Y as usize;
@@ -140,20 +168,22 @@ fn multiply_rows(
     let lane = new_lane(&constants, c.trellis);
     let pair = CUBE_POS_Y as usize * comptime!(c.planes) + plane;
     let row_stride = tile_columns as usize * comptime!(c.tile_stride());
-    let places = tile_places(unit, pair, c);
+    let tiles_before = share.place * (k as usize / SIDE) * row_stride;
+    let tile_places = tile_places(unit, pair, tiles_before, c);
     let all = k as usize / comptime!(STEP * c.steps);
     let slice = CUBE_POS_Z as usize;
     let first = slice * all / slices as usize;
     let stages = (slice + 1) * all / slices as usize;
     let mut shared = Shared::<[Vector<u32, Const<4>>]>::new_aligned_slice(comptime!(2 * c.stage().vectors()), 16usize);
     let mut sums = zero_sums(c.row_blocks);
-    let rows = rows_from(stager, CUBE_POS_X as usize * comptime!(c.rows()), m as usize, comptime!(c.stage()));
+    let mut earlier = zero_sums(comptime!(if c.exact() { c.row_blocks } else { 0 }));
+    let rows = rows_from(stager, share.first, share.end, comptime!(c.stage()));
     let rows = first_vectors(stager, &rows, m, k, comptime!(c.stage()));
     let mut xv = Array::<Vector<u32, Const<4>>>::new(comptime!(c.stage().own()));
     let mut w = Array::<u32>::new(comptime!(4 * c.steps * c.lane_words()));
     #[unroll]
     for step in 0..comptime!(c.steps) {
-        load_tiles(words, operands, &mut w, &places, first, row_stride, step, c);
+        load_tiles(words, operands, &mut w, &tile_places, first, row_stride, step, c);
         load_x(x, &mut xv, &rows, first, step, comptime!(c.stage()));
         store_x(&mut shared, &xv, 0usize, stager, step, comptime!(c.stage()));
     }
@@ -166,23 +196,35 @@ fn multiply_rows(
         for step in 0..comptime!(c.steps) {
             load_x(x, &mut xv, &rows, next, step, comptime!(c.stage()));
             let weights = step_operands(&w, &lane, step, c);
-            load_tiles(words, operands, &mut w, &places, next, row_stride, step, c);
-            let from = buffer * comptime!(c.stage().vectors()) + comptime!(4 * c.rows() * step) + g * 4 + t;
-            multiply_step::<f16>(&shared, &mut sums, &weights, from, c.row_blocks);
+            load_tiles(words, operands, &mut w, &tile_places, next, row_stride, step, c);
+            let from = buffer * comptime!(c.stage().vectors()) + comptime!(c.stage().step_vectors() * step) + g * 4 + t;
+            #[unroll]
+            for part in 0..comptime!(c.parts) {
+                let from = from + comptime!(4 * c.rows() * part);
+                multiply_step::<f16>(&shared, &mut sums, &weights, from, c.row_blocks);
+            }
             store_x(&mut shared, &xv, buffer ^ 1, stager, step, comptime!(c.stage()));
+        }
+        if comptime!(c.exact()) {
+            if (stage - first) % comptime!(c.run()) == comptime!(c.run() - 1) {
+                put_away(&mut earlier, &mut sums, c.row_blocks);
+            }
         }
         sync_cube();
         buffer ^= 1;
     }
-    let row0 = CUBE_POS_X as usize * comptime!(c.rows()) + t * 2;
+    if comptime!(c.exact()) {
+        put_away(&mut earlier, &mut sums, c.row_blocks);
+    }
+    let row0 = share.first + t * 2;
     let column0 = first_column as usize + pair * PLANE_COLUMNS + g;
     #[unroll]
     for i in 0..comptime!(2 * c.row_blocks) {
-        let sum = sums.index(i);
+        let sum = if comptime!(c.exact()) { earlier.index(i) } else { sums.index(i) };
         #[unroll]
         for e in 0..2usize {
             let row = row0 + comptime!(i / 2 * 8) + e;
-            if row < m as usize {
+            if row < share.end {
                 #[unroll]
                 for half in 0..2usize {
                     let column = column0 + comptime!(i % 2 * SIDE + half * 8);
@@ -193,15 +235,35 @@ fn multiply_rows(
     }
 }
 
-/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands.
+/// Adds `sums` to `earlier` ones, rounded to nearest, and begins again.
 #[cube]
-fn tile_places(unit: usize, pair: usize, #[comptime] c: TileConfig) -> Array<usize> {
+fn put_away(
+    earlier: &mut Sequence<Array<Vector<f32, Const<2>>>>,
+    sums: &mut Sequence<Array<Vector<f32, Const<2>>>>,
+    #[comptime] row_blocks: usize,
+) {
+    #[unroll]
+    for i in 0..comptime!(2 * row_blocks) {
+        let sum = sums.index_mut(i);
+        let total = earlier.index_mut(i);
+        #[unroll]
+        for half in 0..2usize {
+            total[half] = total[half] + sum[half];
+            sum[half] = Vector::<f32, Const<2>>::new(0.0);
+        }
+    }
+}
+
+/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands. `before` are those of
+/// other weights.
+#[cube]
+fn tile_places(unit: usize, pair: usize, before: usize, #[comptime] c: TileConfig) -> Array<usize> {
     let count = comptime!(if c.decoded { 1 } else { c.trellis.lane_words() });
     let mut places = Array::<usize>::new(count);
     #[unroll]
     for i in 0..count {
         let own = if comptime!(c.decoded) { unit } else { lane_word(unit, i, c.trellis) };
-        places[i] = pair * comptime!(2 * c.tile_stride()) + own;
+        places[i] = before + pair * comptime!(2 * c.tile_stride()) + own;
     }
     places
 }
@@ -281,16 +343,20 @@ impl Plan {
     pub(in crate::linear::exl3) fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis) -> Self {
         let (m, n, k) = (product.x.rows(), product.weight.padded_out(), product.weight.padded_in());
         let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
-        let decoded = m > MOST_DECODING;
-        // Resident are as many cubes as the registers of a core allow.
-        let (row_blocks, planes, steps, resident) = match m {
-            0..=16 => (2, 2, 2, 12),
-            17..=32 => (4, 4, 2, 4),
-            33..=64 => (8, 4, 2, 3),
-            _ if decoded && n.is_multiple_of(8 * PLANE_COLUMNS) => (16, 8, 4, 1),
-            _ => (16, 4, 2, 2),
+        let parts = parts_of(product.x.dtype());
+        let decoded = m * parts > MOST_DECODING;
+        let wide = decoded && n.is_multiple_of(8 * PLANE_COLUMNS);
+        // Resident are as many cubes as the registers of a core allow. Sums of two kinds leave them for half the rows.
+        let (row_blocks, planes, steps, resident) = match (m, parts) {
+            (0..=16, _) => (2, 2, 2, 12),
+            (17..=32, _) => (4, 4, 2, 4),
+            (33..=64, 1) => (8, 4, 2, 3),
+            (_, 1) if wide => (16, 8, 4, 1),
+            (_, 1) => (16, 4, 2, 2),
+            _ if wide => (8, 8, 2, 1),
+            _ => (8, 4, 2, 2),
         };
-        let config = TileConfig { row_blocks, planes, steps, trellis, decoded };
+        let config = TileConfig { row_blocks, planes, steps, trellis, decoded, parts, experts: false };
         let fitting = (MOST_DECODED / k / config.columns()).max(1) * config.columns();
         let columns = if decoded { fitting.min(n) } else { n };
         let cubes = m.div_ceil(config.rows()) * (columns / config.columns());
@@ -307,13 +373,11 @@ pub(super) fn launch<R: Runtime>(
     factors: Option<&Buffer>,
 ) -> Result<()> {
     let (operation, weight) = (product.operation, product.weight);
-    let (m, k) = (product.x.rows(), weight.padded_in());
     let plan = Plan::new(gpu, product, trellis);
-    let rotated = gpu.scratch(operation, DType::F16, &[m, k])?;
-    let partials = gpu.scratch(operation, DType::F32, &[plan.slices, m, weight.padded_out()])?;
-    rotate::input(gpu, product, factors, Channels::FragmentPairs, &rotated);
+    let (rotated, inverses) = operands(gpu, product, factors, Channels::FragmentPairs)?;
+    let partials = gpu.scratch(operation, DType::F32, &[plan.slices, product.x.rows(), weight.padded_out()])?;
     multiply(gpu, product, &plan, &rotated, &partials)?;
-    rotate::output(gpu, product, &partials, plan.slices);
+    rotate::output(gpu, product, &partials, plan.slices, inverses.as_ref());
     Ok(())
 }
 
@@ -331,14 +395,23 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
         return Err(limit(gpu, product.operation, what));
     }
     let (n, k) = (product.weight.padded_out(), product.weight.padded_in());
+    let job = Job {
+        operation: product.operation,
+        weight: product.weight,
+        config: plan.config,
+        slices: plan.slices,
+        x: rotated,
+        out: partials,
+        experts: None,
+    };
     if !plan.config.decoded {
-        return multiply_columns(gpu, product, plan, 0..n, None, rotated, partials);
+        return job.launch(gpu, 0..n, None);
     }
     let decoded = gpu.scratch(product.operation, DType::F16, &[plan.columns, k])?;
     for first in (0..n).step_by(plan.columns) {
         let columns = first..n.min(first + plan.columns);
         decode(gpu, product, plan.config.trellis, columns.clone(), &decoded)?;
-        multiply_columns(gpu, product, plan, columns, Some(&decoded), rotated, partials)?;
+        job.launch(gpu, columns, Some(&decoded))?;
     }
     Ok(())
 }
@@ -372,40 +445,85 @@ fn decode<R: Runtime>(
     Ok(())
 }
 
-/// Enqueues [`multiply_rows`] of columns that were decoded, or of all by their words.
-fn multiply_columns<R: Runtime>(
+/// The shape for tiles of so many rows of one expert, of f32 rows.
+fn expert_config(tile_rows: usize, trellis: Trellis) -> Option<TileConfig> {
+    let row_blocks = match tile_rows {
+        32 => 4,
+        64 => 8,
+        _ => return None,
+    };
+    Some(TileConfig { row_blocks, planes: 4, steps: 2, trellis, decoded: false, parts: 2, experts: true })
+}
+
+/// Enqueues the product of sorted rows `[2, rows, K padded]` of f16 with the weights of a bank into `out [rows, N padded]`.
+pub(super) fn multiply_experts<R: Runtime>(
     gpu: &Gpu<R>,
-    product: &Product<'_, R>,
-    plan: &Plan,
-    columns: Range<usize>,
-    decoded: Option<&Tensor<Gpu<R>>>,
-    rotated: &Tensor<Gpu<R>>,
-    partials: &Tensor<Gpu<R>>,
+    operation: &'static str,
+    (weight, trellis): (&GpuWeight, Trellis),
+    tile_rows: usize,
+    x: &Tensor<Gpu<R>>,
+    rows: &ExpertRows<'_, R>,
+    out: &Tensor<Gpu<R>>,
 ) -> Result<()> {
-    let config = plan.config;
-    let (m, n, k) = (product.x.rows(), product.weight.padded_out(), product.weight.padded_in());
-    let cubes = [m.div_ceil(config.rows()), columns.len() / config.columns(), plan.slices];
-    let count = grid(gpu, product.operation, cubes)?;
-    // SAFETY: the buffers hold what they are named for; columns are a multiple of a cube's and K of a stage, rows are
-    // compared with m.
-    unsafe {
-        multiply_rows::launch_unchecked::<R>(
-            gpu.client(),
-            count,
-            CubeDim::new_2d(LANES as u32, config.planes as u32),
-            product.weight.words_arg(1),
-            decoded.map_or_else(|| gpu.unread(), |decoded| decoded.buffer().arg(decoded.elements() / 8)),
-            rotated.buffer().arg(rotated.elements() / 8),
-            partials.buffer().arg(partials.elements()),
-            m as u32,
-            k as u32,
-            n as u32,
-            columns.start as u32,
-            (columns.len() / SIDE) as u32,
-            plan.slices as u32,
-            config.trellis.constants(),
-            config,
-        );
+    let config = expert_config(tile_rows, trellis)
+        .ok_or_else(|| limit(gpu, operation, format!("exl3 weights by tiles of {tile_rows} rows (32 or 64)")))?;
+    check_shared(gpu, operation, config.shared_bytes())?;
+    if u32::try_from(weight.word_count).is_err() {
+        let what = format!("{} words of experts, which have indices of 32 bits,", weight.word_count);
+        return Err(limit(gpu, operation, what));
     }
-    Ok(())
+    Job { operation, weight, config, slices: 1, x, out, experts: Some(rows) }.launch(gpu, 0..weight.padded_out(), None)
+}
+
+/// A launch of [`multiply_rows`].
+struct Job<'a, R: Runtime> {
+    operation: &'static str,
+    weight: &'a GpuWeight,
+    config: TileConfig,
+    slices: usize,
+    /// `[parts, M, K padded]`.
+    x: &'a Tensor<Gpu<R>>,
+    /// `[slices, M, N padded]`.
+    out: &'a Tensor<Gpu<R>>,
+    experts: Option<&'a ExpertRows<'a, R>>,
+}
+
+impl<R: Runtime> Job<'_, R> {
+    /// Enqueues the kernel for columns that were decoded, or for all by their words.
+    fn launch(&self, gpu: &Gpu<R>, columns: Range<usize>, decoded: Option<&Tensor<Gpu<R>>>) -> Result<()> {
+        let (config, rows) = (self.config, self.experts);
+        let (n, k) = (self.weight.padded_out(), self.weight.padded_in());
+        let m = self.x.elements() / (config.parts * k);
+        let tiles = rows.map_or(m.div_ceil(config.rows()), |rows| rows.tile_count);
+        let count = grid(gpu, self.operation, [tiles, columns.len() / config.columns(), self.slices])?;
+        let all = |tensor: &Tensor<Gpu<R>>| tensor.buffer().arg(tensor.elements());
+        let unread = || gpu.unread();
+        // SAFETY: the buffers hold what they are named for; columns are a multiple of a cube's and K of a stage, rows are
+        // compared with m, or lie within the offsets of an expert whose place is within the bank.
+        unsafe {
+            multiply_rows::launch_unchecked::<R>(
+                gpu.client(),
+                count,
+                CubeDim::new_2d(LANES as u32, config.planes as u32),
+                self.weight.words_arg(1),
+                decoded.map_or_else(unread, |decoded| decoded.buffer().arg(decoded.elements() / 8)),
+                self.x.buffer().arg(self.x.elements() / 8),
+                rows.map_or_else(unread, |rows| all(rows.tiles)),
+                rows.map_or_else(unread, |rows| all(rows.offsets)),
+                rows.map_or_else(unread, |rows| rows.places.arg(3 * rows.experts)),
+                all(self.out),
+                m as u32,
+                k as u32,
+                n as u32,
+                columns.start as u32,
+                (columns.len() / SIDE) as u32,
+                self.slices as u32,
+                rows.map_or(0, |rows| rows.experts) as u32,
+                rows.map_or(0, |rows| rows.first_place) as u32,
+                config.trellis.constants(),
+                config,
+            );
+        }
+        Ok(())
+    }
 }

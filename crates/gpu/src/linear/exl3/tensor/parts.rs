@@ -1,0 +1,130 @@
+//! Rotated rows of f32 or bf16 as sums of two f16. f16 lacks their range, so each row is first multiplied with a power of two
+//! that brings its largest value just below f16's; its products are multiplied with one over it afterwards, both exactly.
+//! Of a value x of a row whose largest is m, the two keep all but 2^-22 |x| + 2^-39 m (of rows below 2^-112 less).
+
+use cubecl::prelude::*;
+use marlin_formats::DType;
+use marlin_formats::exl3::HADAMARD;
+use marlin_ops::{Result, Tensor};
+
+use crate::launch::{UNITS, cubes, units};
+use crate::linear::exl3::rotate::{Channels, LANES, first_channel, pair, place, rest};
+use crate::reduce::{cube_max, max_of};
+use crate::{Buffer, Gpu};
+
+/// Biased exponents of a row's largest value and of its power of two add up to this: a value of [1, 2) becomes one of
+/// [2^14, 2^15), where f16 ends just below 2^16.
+const EXPONENTS: u32 = 2 * 127 + 14;
+
+/// The largest exponent of a power that has an inverse.
+const MOST: u32 = 253;
+
+/// The power of two for a row whose largest value this is.
+#[cube]
+pub(super) fn power(largest: f32) -> f32 {
+    let exponent = comptime!(EXPONENTS) - (u32::reinterpret(largest) >> 23u32);
+    f32::reinterpret(select(exponent < comptime!(MOST), exponent, MOST.runtime()) << 23u32)
+}
+
+/// One over a power of two.
+#[cube]
+pub(super) fn inverse(power: f32) -> f32 {
+    f32::reinterpret(comptime!(254u32 << 23) - u32::reinterpret(power))
+}
+
+/// Vectors that a unit loads at once.
+const AT_ONCE: usize = 4;
+
+/// `out [part, row, k]` of rows times their powers, in the order of `channels`, and one over the powers; a cube for each row.
+#[cube(launch_unchecked)]
+fn split_rows(
+    x: &[Vector<f32, Const<2>>],
+    out: &mut [Vector<u32, Const<2>>],
+    inverses: &mut [f32],
+    rows: u32,
+    k: u32,
+    #[comptime] channels: Channels,
+) {
+    let (row, rows, pairs) = (CUBE_POS, rows as usize, k as usize / 2);
+    if row < rows {
+        let mut largest = f32::new(0.0);
+        let mut first = UNIT_POS as usize;
+        while first < pairs {
+            #[unroll]
+            for j in 0..AT_ONCE {
+                let wanted = first + comptime!(j * UNITS as usize);
+                // The last pair counts several times.
+                let pair = x[row * pairs + select(wanted < pairs, wanted, pairs - 1usize)];
+                largest = max_of(largest, f32::abs(pair.extract(0usize)));
+                largest = max_of(largest, f32::abs(pair.extract(1usize)));
+            }
+            first += comptime!(AT_ONCE * UNITS as usize);
+        }
+        let power = power(cube_max(largest, UNITS as usize));
+        if UNIT_POS == 0 {
+            inverses[row] = inverse(power);
+        }
+        let mut i = UNIT_POS as usize;
+        while i < pairs / 2 {
+            let (block, lane) = (i / LANES, i % LANES);
+            let from = row * pairs + (block * HADAMARD + first_channel(lane, channels)) / 2usize;
+            let near = x[from];
+            let far = x[from + comptime!(channels.offset(2) / 2)];
+            let mut values = Array::<f32>::new(4usize);
+            #[unroll]
+            for j in 0..2usize {
+                values[j] = near.extract(j) * power;
+                values[comptime!(2 + j)] = far.extract(j) * power;
+            }
+            let to = row * (pairs / 2usize) + block * LANES + place(lane, channels);
+            out[to] = high_words(&values);
+            out[rows * (pairs / 2usize) + to] = low_words(&values);
+            i += UNITS as usize;
+        }
+    }
+}
+
+/// The first parts of four values.
+#[cube]
+pub(super) fn high_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
+    let mut words = Vector::<u32, Const<2>>::empty();
+    words.insert(0usize, pair(values[0], values[1]));
+    words.insert(1usize, pair(values[2], values[3]));
+    words
+}
+
+/// Their second parts.
+#[cube]
+pub(super) fn low_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
+    let mut words = Vector::<u32, Const<2>>::empty();
+    words.insert(0usize, rest(values[0], values[1]));
+    words.insert(1usize, rest(values[2], values[3]));
+    words
+}
+
+/// Enqueues the kernel for rows `[M, K]`, K a multiple of 128: `[2, M, K]` f16 and `[M]` f32.
+pub(super) fn split<R: Runtime>(
+    gpu: &Gpu<R>,
+    operation: &'static str,
+    x: &Tensor<Gpu<R>>,
+    channels: Channels,
+) -> Result<(Tensor<Gpu<R>>, Buffer)> {
+    let (m, k) = (x.rows(), x.columns());
+    let out = gpu.scratch(operation, DType::F16, &[2, m, k])?;
+    let inverses = gpu.scratch(operation, DType::F32, &[m])?;
+    // SAFETY: x holds m rows of k, whole blocks of 128, the output twice as many values and the inverses m.
+    unsafe {
+        split_rows::launch_unchecked::<R>(
+            gpu.client(),
+            cubes(m),
+            units(),
+            x.buffer().arg(m * k / 2),
+            out.buffer().arg(m * k / 2),
+            inverses.buffer().arg(m),
+            m as u32,
+            k as u32,
+            channels,
+        );
+    }
+    Ok((out, inverses.buffer().clone()))
+}
