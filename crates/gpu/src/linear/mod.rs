@@ -64,8 +64,8 @@ pub enum LinearKernel {
     /// As [`LinearKernel::TensorRows`] for any number of rows, which pass through shared memory, and for f32 activations too,
     /// as sums of two bf16.
     TensorTile(TensorTile),
-    /// The kernels of EXL3 weights in the shape that they choose, for any number of rows: tensor cores for f16 activations
-    /// where their fragments are known, otherwise weights straight from memory to registers.
+    /// The kernels of EXL3 weights in the shape that they choose, for any number of rows: tensor cores where their fragments
+    /// are known, otherwise weights straight from memory to registers.
     Trellis,
 }
 

@@ -1,5 +1,5 @@
 //! Experts with EXL3 weights: each projection's rows are rotated with the signs and scales of their expert, multiplied with
-//! the tiles by the kernels of all formats, and rotated back.
+//! the tiles by the kernels of all formats or, on tensor cores, of linear layers, and rotated back.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -14,7 +14,7 @@ use super::gemm::SortedRows;
 use super::mlp::{Call, ExpertKernel, ExpertStrategy, OP};
 use crate::element::{Storage, load};
 use crate::launch::{cubes, cubes_for, units};
-use crate::linear::exl3::multiply_experts as multiply;
+use crate::linear::exl3::multiply_experts;
 use crate::linear::exl3::rotate::{BLOCKS, Channels, LANES, NORM, first_channel, has_planes, transform};
 use crate::math::activate;
 use crate::{Buffer, Gpu};
@@ -312,15 +312,16 @@ impl<R: Runtime> Call<'_, R> {
     /// One projection between its rotations.
     fn rotated(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>, kernel: &ExpertKernel) -> Result<()> {
         let rows = out.rows();
-        let (features, columns) = (self.features.next_multiple_of(HADAMARD), self.columns.next_multiple_of(HADAMARD));
+        let features = self.features.next_multiple_of(HADAMARD);
         let x = gpu.scratch(OP, DType::F32, &[rows, features])?;
         self.rotate_input(gpu, order, &x);
         if let (Order::Sorted { rows, .. }, ExpertStrategy::Tensor) = (order, kernel.strategy) {
             let rows = self.expert_rows(rows, 0, None);
-            let (z, factors) = multiply(gpu, OP, &self.first.weight, kernel.tile_m, &x, &rows)?;
+            let (z, factors) = multiply_experts(gpu, OP, &self.first.weight, kernel.tile_m, &x, &rows)?;
             self.rotate_output(gpu, order, &z, Some(&factors), out);
             return Ok(());
         }
+        let columns = self.columns.next_multiple_of(HADAMARD);
         let z = gpu.scratch(OP, DType::F32, &[rows, columns])?;
         let inner = Call { x: &x, second: None, activation: Activation::None, features, columns, ..*self };
         let own = match order {

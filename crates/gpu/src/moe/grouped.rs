@@ -70,7 +70,7 @@ impl<R: Runtime> Gpu<R> {
 
     pub(super) fn choose_grouped(&self, args: &GroupedGemmArgs<'_, Self>) -> Result<()> {
         let (rows, experts) = (args.out.rows(), args.experts.count());
-        let tile_rows = |group| Call::projection(args, group).tensor_rows(self, args.x.dtype());
+        let tile_rows = |group| Call::projection(args, group).most_tile_rows(self, args.x.dtype());
         let most_rows = args.experts.data().groups.iter().map(tile_rows).min().unwrap_or(0);
         let kernel = match (ExpertKernel::tensor_for(rows, experts, most_rows), rows / experts.max(1)) {
             (Some(kernel), _) => kernel,

@@ -13,6 +13,7 @@ use super::gemm::SortedRows;
 use super::group::Sorted;
 use crate::Gpu;
 use crate::launch::MOST_CUBES;
+use crate::linear::tensor::MOST_TILE_ROWS;
 
 pub(super) const OP: &str = "moe_expert_mlp";
 
@@ -65,7 +66,7 @@ impl ExpertKernel {
         let tile_m = match rows / experts.max(1) {
             0..=32 => 32,
             33..=64 => 64,
-            _ => 128,
+            _ => MOST_TILE_ROWS,
         };
         let tile_m = tile_m.min(most_rows);
         (tile_m > 0 && rows / tile_m + experts <= MOST_CUBES as usize).then_some(Self::tensor(tile_m))
@@ -127,7 +128,7 @@ impl<R: Runtime> Gpu<R> {
 
     pub(super) fn choose_and_run(&self, args: &ExpertMlpArgs<'_, Self>) -> Result<()> {
         let (tokens, top_k, experts) = (args.x.rows(), args.ids.columns(), args.experts.count());
-        let kernel = match ExpertKernel::tensor_for(tokens * top_k, experts, self.tensor_rows(args)) {
+        let kernel = match ExpertKernel::tensor_for(tokens * top_k, experts, self.most_tile_rows(args)) {
             Some(kernel) if tokens > DECODE_TOKENS => kernel,
             _ => ExpertKernel::choose(tokens, top_k, experts),
         };
@@ -135,11 +136,11 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// Most rows of a tile of the tensor-core kernels that take all projections; 0 if they do not.
-    fn tensor_rows(&self, args: &ExpertMlpArgs<'_, Self>) -> usize {
+    fn most_tile_rows(&self, args: &ExpertMlpArgs<'_, Self>) -> usize {
         // The hidden vectors are f32.
         let rows = |group| {
-            let gated = Call::gated(args, group).tensor_rows(self, args.x.dtype());
-            gated.min(Call::down(args, group, args.x).tensor_rows(self, DType::F32))
+            let gated = Call::gated(args, group).most_tile_rows(self, args.x.dtype());
+            gated.min(Call::down(args, group, args.x).most_tile_rows(self, DType::F32))
         };
         args.experts.data().groups.iter().map(rows).min().unwrap_or(0)
     }

@@ -1,4 +1,4 @@
-//! Many tokens on tensor cores: rows sorted by expert, by the kernel of linear layers.
+//! Many tokens on tensor cores: rows sorted by expert, by the kernels of linear layers.
 
 #[cfg(all(test, feature = "cuda"))]
 mod tests;
@@ -14,21 +14,22 @@ use super::mlp::{Call, ExpertKernel, OP};
 use crate::Gpu;
 use crate::linear::Prepared;
 use crate::linear::exl3::{MOST_EXPERT_ROWS, tensor_cores};
-use crate::linear::tensor::{ExpertProduct, ExpertRows, expert_shape};
+use crate::linear::tensor::{ExpertProduct, ExpertRows, MOST_TILE_ROWS, expert_shape};
 
 impl<R: Runtime> Call<'_, R> {
     /// Most rows of a tile of the kernels that take this call with such activations; 0 if none does.
-    pub(super) fn tensor_rows(&self, gpu: &Gpu<R>, x: DType) -> usize {
+    pub(super) fn most_tile_rows(&self, gpu: &Gpu<R>, x: DType) -> usize {
         let sizes = [self.columns, self.features];
         let rows = |bank: &Bank| match bank.weight.trellis() {
             Some(_) if tensor_cores(gpu) => MOST_EXPERT_ROWS,
-            _ if expert_shape(gpu, 32, x, bank.weight.decoder, sizes).is_some() => 128,
+            _ if expert_shape(gpu, 32, x, bank.weight.decoder, sizes).is_some() => MOST_TILE_ROWS,
             _ => 0,
         };
-        self.second.map_or(128, rows).min(rows(self.first))
+        self.second.map_or(MOST_TILE_ROWS, rows).min(rows(self.first))
     }
 
-    /// The rows as kernels find them; x has a row for `slots` of them.
+    /// The rows as kernels find them, of the call's first weight or, number 1, its second. With `slots`, x has a row for so
+    /// many of them, otherwise for each.
     pub(super) fn expert_rows<'s>(
         &'s self,
         sorted: &'s SortedRows<'_, R>,

@@ -23,7 +23,8 @@ use crate::decode::{Codes, Trellis};
 use crate::weight::GpuWeight;
 use rotate::Channels;
 pub(crate) use tensor::available as tensor_cores;
-pub(crate) use tensor::experts::{MOST_TILE_ROWS as MOST_EXPERT_ROWS, multiply as multiply_experts};
+pub(crate) use tensor::experts::multiply as multiply_experts;
+pub(crate) use tensor::tile::MOST_EXPERT_ROWS;
 pub(crate) use unfold::{Rows, Unfolded, unfold};
 
 impl GpuWeight {
@@ -97,7 +98,7 @@ pub(super) fn multiply<R: Runtime>(
     }
 }
 
-/// The kernel for few rows of f32, `x` after the rotation.
+/// The kernel for few rows of f32, where there are no tensor cores; `x` after the rotation.
 fn few_rows<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis, x: &Tensor<Gpu<R>>) -> Result<()> {
     let slices = rows::slices(gpu, product);
     let dims = [slices, product.x.rows(), product.weight.padded_out()];

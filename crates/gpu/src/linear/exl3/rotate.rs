@@ -125,17 +125,35 @@ fn sign(#[comptime] stage: u32) -> f32 {
 
 /// Two values as f16 in a word.
 #[cube]
-pub(crate) fn pair(low: f32, high: f32) -> u32 {
+fn pair(low: f32, high: f32) -> u32 {
     let mut halves = Vector::<f16, Const<2>>::empty();
     halves.insert(0usize, f16::cast_from(low));
     halves.insert(1usize, f16::cast_from(high));
     u32::reinterpret(halves)
 }
 
-/// What is left of two values when [`pair`] has its f16 of them, as f16 in a word.
+/// What is left of a value when its f16 is taken away.
 #[cube]
-pub(crate) fn rest(low: f32, high: f32) -> u32 {
-    pair(low - f32::cast_from(f16::cast_from(low)), high - f32::cast_from(f16::cast_from(high)))
+fn rest(value: f32) -> f32 {
+    value - f32::cast_from(f16::cast_from(value))
+}
+
+/// A lane's four values as f16.
+#[cube]
+pub(super) fn high_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
+    let mut words = Vector::<u32, Const<2>>::empty();
+    words.insert(0usize, pair(values[0], values[1]));
+    words.insert(1usize, pair(values[2], values[3]));
+    words
+}
+
+/// What is left of them, as f16.
+#[cube]
+pub(super) fn low_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
+    let mut words = Vector::<u32, Const<2>>::empty();
+    words.insert(0usize, pair(rest(values[0]), rest(values[1])));
+    words.insert(1usize, pair(rest(values[2]), rest(values[3])));
+    words
 }
 
 /// What [`rotate_input`] is compiled for.
@@ -188,10 +206,7 @@ fn rotate_input<X: Numeric, G: Numeric>(
     if known {
         let to = at * LANES + place(lane, c.channels);
         if comptime!(c.channels != Channels::Neighbours) {
-            let mut words = Vector::<u32, Const<2>>::empty();
-            words.insert(0usize, pair(values[0], values[1]));
-            words.insert(1usize, pair(values[2], values[3]));
-            fragments[to] = words;
+            fragments[to] = high_words(&values);
         } else {
             let mut quad = Vector::<f32, Const<4>>::empty();
             #[unroll]

@@ -198,7 +198,8 @@ fn gated_products_of_different_codebooks() {
         d.read_f64(&out).unwrap()
     }
     let gpu = gpu();
-    for (m, dtype) in [(2, DType::F32), (5, DType::F32), (20, DType::F32), (2, DType::F16), (20, DType::F16)] {
+    let rows = |dtype: DType| [1, 2, 5, 20].map(|m| (m, dtype));
+    for (m, dtype) in [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(rows) {
         let error = relative_norm(&gated(&gpu, m, dtype), &gated(&Oracle::new(), m, dtype));
         // Of two products.
         let bound = 2.0 * bound(&gpu, None, dtype);

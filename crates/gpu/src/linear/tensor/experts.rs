@@ -12,6 +12,9 @@ use crate::linear::operands::{Combine, Prepared, Product};
 use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
 
+/// Most rows of a tile.
+pub(crate) const MOST_TILE_ROWS: usize = 128;
+
 /// Rows sorted by the expert whose weight they meet.
 pub(crate) struct ExpertRows<'a, R: Runtime> {
     /// `[tile_count, 2]`: expert and first row of each tile; another number than that of an expert where there is none.

@@ -26,7 +26,7 @@ use super::{LinearKernel, limit, split_k};
 use crate::decode::{Codes, Decoder, Levels, Scale};
 use crate::element::Storage;
 use crate::{Buffer, Gpu};
-pub(crate) use experts::{ExpertProduct, ExpertRows, shape as expert_shape};
+pub(crate) use experts::{ExpertProduct, ExpertRows, MOST_TILE_ROWS, shape as expert_shape};
 use fragment::{Code, Operand};
 pub use rows::TensorRows;
 use rows::{BLOCK, MOST_ROWS};
@@ -39,7 +39,7 @@ const STEP: usize = 32;
 const FEW_F32_ROWS: usize = 4;
 
 /// Shared memory that the compiler may take beside what a kernel asks for.
-const SHARED_BESIDE: usize = 4096;
+pub(super) const SHARED_BESIDE: usize = 4096;
 
 /// A kernel of this module.
 #[derive(Clone, Copy)]

@@ -120,7 +120,22 @@ fn one_launch_cannot_rotate() {
     assert_eq!(ExpertKernel::FUSED.strategy, ExpertStrategy::Fused);
 }
 
-/// Rows of one expert beyond a tile, experts without rows, padded sizes, and INT4 beside EXL3; the last two as they are chosen.
+/// Where there are no fragments, the strategy is refused and not chosen.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn tensor_cores_are_needed() {
+    let gpu = gpu();
+    assert!(!crate::linear::exl3::tensor_cores(&gpu));
+    let case = Case { mixed: false, ..Case::of_tokens(40) };
+    match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(32))) {
+        Err(OpError::Unsupported { what, .. }) => assert!(what.contains("m16n8k16"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    case.run(&gpu, |d, args| d.moe_expert_mlp(args)).unwrap();
+}
+
+/// Rows of one expert beyond a tile, experts without rows, padded sizes, and INT4 beside EXL3; the last two as they are
+/// chosen. Tiles of 128 rows are refused.
 #[cfg(feature = "cuda")]
 #[test]
 fn tensor_cores_agree() {

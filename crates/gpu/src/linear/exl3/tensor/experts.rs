@@ -4,18 +4,15 @@ use cubecl::prelude::*;
 use marlin_formats::DType;
 use marlin_ops::{Result, Tensor};
 
-use super::{parts, tile};
+use super::{available, parts, tile};
 use crate::linear::exl3::rotate::Channels;
 use crate::linear::limit;
 use crate::linear::tensor::ExpertRows;
 use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
 
-/// Most rows of a tile.
-pub(crate) const MOST_TILE_ROWS: usize = 64;
-
-/// Enqueues the product of rotated f32 rows `x [rows, K padded]` with the weights of a bank, one behind the other with N and K of
-/// one: `[rows, N padded]`, and `[rows]` by which to multiply it. Rows of experts without a place are not written.
+/// Enqueues the product of rotated f32 rows `x [rows, K padded]` with the weights of a bank, one behind the other with N and
+/// K of one: `[rows, N padded]`, and `[rows]` by which to multiply it. Rows of experts without a place are not written.
 ///
 /// # Errors
 /// An unsupported error that names the limit where the kernel cannot have this shape.
@@ -27,6 +24,9 @@ pub(crate) fn multiply<R: Runtime>(
     x: &Tensor<Gpu<R>>,
     rows: &ExpertRows<'_, R>,
 ) -> Result<(Tensor<Gpu<R>>, Buffer)> {
+    if !available(gpu) {
+        return Err(limit(gpu, operation, "exl3 experts by m16n8k16 products of planes of 32 units".into()));
+    }
     let trellis = weight.trellis().ok_or_else(|| limit(gpu, operation, "a weight that is not exl3 as exl3".into()))?;
     let out = gpu.scratch(operation, DType::F32, &[x.rows(), weight.padded_out()])?;
     let (x, inverses) = parts::split(gpu, operation, x, Channels::FragmentPairs)?;

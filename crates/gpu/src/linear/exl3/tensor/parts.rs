@@ -1,6 +1,6 @@
 //! Rotated rows of f32 or bf16 as sums of two f16. f16 lacks their range, so each row is first multiplied with a power of two
 //! that brings its largest value just below f16's; its products are multiplied with one over it afterwards, both exactly.
-//! Of a value x of a row whose largest is m, the two keep all but 2^-22 |x| + 2^-39 m (of rows below 2^-112 less).
+//! Of a value x of a row whose largest is m, the two keep all but 2^-22 |x| + 2^-39 m; rows whose largest is below 2^-112 lose more.
 
 use cubecl::prelude::*;
 use marlin_formats::DType;
@@ -8,7 +8,7 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use crate::launch::{UNITS, cubes, units};
-use crate::linear::exl3::rotate::{Channels, LANES, first_channel, pair, place, rest};
+use crate::linear::exl3::rotate::{Channels, LANES, first_channel, high_words, low_words, place};
 use crate::reduce::{cube_max, max_of};
 use crate::{Buffer, Gpu};
 
@@ -82,24 +82,6 @@ fn split_rows(
             i += UNITS as usize;
         }
     }
-}
-
-/// The first parts of four values.
-#[cube]
-pub(super) fn high_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
-    let mut words = Vector::<u32, Const<2>>::empty();
-    words.insert(0usize, pair(values[0], values[1]));
-    words.insert(1usize, pair(values[2], values[3]));
-    words
-}
-
-/// Their second parts.
-#[cube]
-pub(super) fn low_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
-    let mut words = Vector::<u32, Const<2>>::empty();
-    words.insert(0usize, rest(values[0], values[1]));
-    words.insert(1usize, rest(values[2], values[3]));
-    words
 }
 
 /// Enqueues the kernel for rows `[M, K]`, K a multiple of 128: `[2, M, K]` f16 and `[M]` f32.

@@ -3,7 +3,7 @@
 //! them are also rotated.
 
 use cubecl::cmma::MmaDefinition;
-use cubecl::ir::ElemType;
+use cubecl::ir::{ElemType, UIntKind};
 use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::DType;
@@ -11,13 +11,14 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
-use super::parts::{high_words, inverse, low_words, power};
+use super::parts::{inverse, power};
 use super::{check_shared, operands, parts_of};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
-use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, transform};
+use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, high_words, low_words, transform};
 use crate::linear::grid;
 use crate::linear::operands::{Input, Product, load_input};
+use crate::linear::tensor::SHARED_BESIDE;
 use crate::reduce::{cube_max, max_of};
 use crate::{Buffer, Gpu};
 
@@ -79,7 +80,16 @@ impl RowsConfig {
     }
 
     const fn shared_bytes(&self) -> usize {
-        self.staged() * 8 + self.planes * SUMS * LANES * 8
+        let units = self.planes * LANES;
+        let largest = if self.raw.is_some() && self.parts > 1 { self.rows * units * 4 } else { 0 };
+        self.staged() * 8 + units * SUMS * 8 + largest
+    }
+
+    /// The same with fewer planes where a cube has only so much shared memory.
+    fn within(self, shared_bytes: usize) -> Self {
+        let fewer = |config: &Self| (config.planes > 4).then_some(Self { planes: config.planes / 2, ..*config });
+        let fits = |config: &Self| config.shared_bytes() + SHARED_BESIDE <= shared_bytes;
+        std::iter::successors(Some(self), fewer).find(fits).unwrap_or(self)
     }
 }
 
@@ -493,11 +503,12 @@ impl Plan {
         let slices = tile_rows.div_ceil(stage);
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let planes = 1 << (28 / resident).clamp(4, 16).ilog2();
-        let even = tile_rows.is_multiple_of(stage) && stage.is_multiple_of(planes * depth);
         let (rows, parts) = (m.next_power_of_two(), parts_of(product.x.dtype()));
         let raw = (m <= ROTATED_ROWS).then(|| product.input());
-        let config = RowsConfig { trellis, rows, stage, planes, depth, even, parts, raw };
-        Self { config, slices }
+        let config = RowsConfig { trellis, rows, stage, planes, depth, even: false, parts, raw };
+        let config = config.within(gpu.properties().hardware.max_shared_memory_size);
+        let even = tile_rows.is_multiple_of(stage) && stage.is_multiple_of(config.planes * depth);
+        Self { config: RowsConfig { even, ..config }, slices }
     }
 
     /// Whether x is to be rotated before.
@@ -548,10 +559,17 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     let (k, n) = (weight.padded_in(), weight.padded_out());
     let cubes = [n / WIDTH, plan.slices, 1];
     let count = grid(gpu, product.operation, cubes)?;
-    let [x, g, ..] = product.elements();
-    let (factors, rotated) = match rows {
-        Rows::Raw(factors) => (factors.map_or_else(|| gpu.unread(), |factors| factors.arg(m)), gpu.unread()),
-        Rows::Rotated(rotated) => (gpu.unread(), rotated.buffer().arg(rotated.elements() / 4)),
+    let [x_element, gamma_element, ..] = product.elements();
+    let unread = || gpu.unread();
+    let (x, gamma, factors, rotated, elements) = match rows {
+        Rows::Raw(factors) => {
+            let factors = factors.map_or_else(unread, |factors| factors.arg(m));
+            (product.x_arg(), product.gamma_arg(gpu), factors, unread(), [x_element, gamma_element])
+        }
+        Rows::Rotated(rotated) => {
+            let rotated = rotated.buffer().arg(rotated.elements() / 4);
+            (unread(), unread(), unread(), rotated, [ElemType::UInt(UIntKind::U32); 2])
+        }
     };
     // SAFETY: x holds m rows of k, suh K padded, gamma and the factors k and m where they are read, the words all tiles,
     // `partials` what it says and `rotated` the parts of m rows of K padded; tile rows are compared with those of the slice
@@ -562,8 +580,8 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             count,
             CubeDim::new_2d(LANES as u32, config.planes as u32),
             weight.words_arg(1),
-            product.x_arg(),
-            product.gamma_arg(gpu),
+            x,
+            gamma,
             factors,
             rotated,
             weight.scales_arg(1),
@@ -576,8 +594,37 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             product.norm_scalars().0,
             config.trellis.constants(),
             config,
-            [x, g],
+            elements,
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod choice {
+    use marlin_formats::exl3::Codebook;
+
+    use super::*;
+    use crate::element::Storage;
+
+    /// What the devices of compute capability 7.5, 8.6 to 12.0, 8.0 and 9.0 have.
+    const SHARED: [usize; 4] = [64 << 10, 99 << 10, 163 << 10, 227 << 10];
+
+    #[test]
+    fn cubes_fit_their_device() {
+        let trellis = Trellis { bits: 3, codebook: Codebook::Mcg };
+        for shared in SHARED {
+            for (rows, parts, planes) in [1, 2, 4, 8].into_iter().flat_map(|rows| {
+                [1, 2].into_iter().flat_map(move |parts| [4, 8, 16].map(|planes| (rows, parts, planes)))
+            }) {
+                let raw = (rows <= ROTATED_ROWS).then_some(Input { x: Storage::F32, gamma: None });
+                let config = RowsConfig { trellis, rows, stage: MOST_STAGED, planes, depth: 2, even: true, parts, raw };
+                let chosen = config.within(shared);
+                let used = chosen.shared_bytes() + SHARED_BESIDE;
+                assert!(used <= shared, "{rows} rows of {parts} parts by {planes} planes: {used} of {shared}");
+                // The most recent ones have room for what was measured.
+                assert!(shared < SHARED[2] || chosen == config, "{chosen:?}");
+            }
+        }
+    }
 }

@@ -114,6 +114,11 @@ impl TileConfig {
         if self.decoded { 4 } else { self.trellis.lane_words() }
     }
 
+    /// Places that a lane reads in a row of tiles.
+    const fn places(self) -> usize {
+        if self.decoded { 1 } else { self.trellis.lane_words() }
+    }
+
     /// How rows of x lie in shared memory.
     const fn stage(self) -> Stage {
         Stage { rows: self.rows(), parts: self.parts, steps: self.steps, units: LANES * self.planes, paired: false }
@@ -134,8 +139,9 @@ impl TileConfig {
     }
 }
 
-/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`. x is `[parts, m, k]` in the
-/// order of [`Channels::FragmentPairs`]. Of experts, cubes have tiles of rows of one expert. Weights have `tile_columns` of tiles: all words, or the operands of these columns.
+/// `partials [slice, m, n]` of output features from `first_column` on; cubes `[rows, columns, slices]`, of experts tiles of rows
+/// of one expert. x is `[parts, m, k]` in the order of [`Channels::FragmentPairs`]. Weights have `tile_columns` of tiles: all
+/// words, or the operands of these columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_rows(
@@ -158,8 +164,11 @@ fn multiply_rows(
     #[comptime] c: TileConfig,
 ) {
     let share = share(tiles, offsets, places, m, experts, first_place, comptime!(c.rows()), c.experts);
-    if share.first >= share.end {
-        terminate!();
+    // Only of experts: with places known at run time, other products had been 8 % slower.
+    if comptime!(c.experts) {
+        if share.first >= share.end {
+            terminate!();
+        }
     }
     let unit = UNIT_POS_X as usize;
     let (g, t) = (unit / 4, unit % 4);
@@ -168,8 +177,13 @@ fn multiply_rows(
     let lane = new_lane(&constants, c.trellis);
     let pair = CUBE_POS_Y as usize * comptime!(c.planes) + plane;
     let row_stride = tile_columns as usize * comptime!(c.tile_stride());
-    let tiles_before = share.place * (k as usize / SIDE) * row_stride;
-    let tile_places = tile_places(unit, pair, tiles_before, c);
+    let mut tile_places = tile_places(unit, pair, c);
+    if comptime!(c.experts) {
+        #[unroll]
+        for i in 0..comptime!(c.places()) {
+            tile_places[i] += share.place * (k as usize / SIDE) * row_stride;
+        }
+    }
     let all = k as usize / comptime!(STEP * c.steps);
     let slice = CUBE_POS_Z as usize;
     let first = slice * all / slices as usize;
@@ -254,16 +268,14 @@ fn put_away(
     }
 }
 
-/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands. `before` are those of
-/// other weights.
+/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands.
 #[cube]
-fn tile_places(unit: usize, pair: usize, before: usize, #[comptime] c: TileConfig) -> Array<usize> {
-    let count = comptime!(if c.decoded { 1 } else { c.trellis.lane_words() });
-    let mut places = Array::<usize>::new(count);
+fn tile_places(unit: usize, pair: usize, #[comptime] c: TileConfig) -> Array<usize> {
+    let mut places = Array::<usize>::new(comptime!(c.places()));
     #[unroll]
-    for i in 0..count {
+    for i in 0..comptime!(c.places()) {
         let own = if comptime!(c.decoded) { unit } else { lane_word(unit, i, c.trellis) };
-        places[i] = before + pair * comptime!(2 * c.tile_stride()) + own;
+        places[i] = pair * comptime!(2 * c.tile_stride()) + own;
     }
     places
 }
@@ -390,10 +402,6 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     partials: &Tensor<Gpu<R>>,
 ) -> Result<()> {
     check_shared(gpu, product.operation, plan.config.shared_bytes())?;
-    if u32::try_from(partials.elements()).is_err() {
-        let what = format!("{} partial sums, which have indices of 32 bits,", partials.elements());
-        return Err(limit(gpu, product.operation, what));
-    }
     let (n, k) = (product.weight.padded_out(), product.weight.padded_in());
     let job = Job {
         operation: product.operation,
@@ -445,11 +453,14 @@ fn decode<R: Runtime>(
     Ok(())
 }
 
+/// Most rows of a tile of one expert.
+pub(crate) const MOST_EXPERT_ROWS: usize = 64;
+
 /// The shape for tiles of so many rows of one expert, of f32 rows.
 fn expert_config(tile_rows: usize, trellis: Trellis) -> Option<TileConfig> {
     let row_blocks = match tile_rows {
         32 => 4,
-        64 => 8,
+        MOST_EXPERT_ROWS => 8,
         _ => return None,
     };
     Some(TileConfig { row_blocks, planes: 4, steps: 2, trellis, decoded: false, parts: 2, experts: true })
@@ -465,8 +476,9 @@ pub(super) fn multiply_experts<R: Runtime>(
     rows: &ExpertRows<'_, R>,
     out: &Tensor<Gpu<R>>,
 ) -> Result<()> {
-    let config = expert_config(tile_rows, trellis)
-        .ok_or_else(|| limit(gpu, operation, format!("exl3 weights by tiles of {tile_rows} rows (32 or 64)")))?;
+    let config = expert_config(tile_rows, trellis).ok_or_else(|| {
+        limit(gpu, operation, format!("exl3 weights by tiles of {tile_rows} rows (32 or {MOST_EXPERT_ROWS})"))
+    })?;
     check_shared(gpu, operation, config.shared_bytes())?;
     if u32::try_from(weight.word_count).is_err() {
         let what = format!("{} words of experts, which have indices of 32 bits,", weight.word_count);
@@ -491,6 +503,10 @@ struct Job<'a, R: Runtime> {
 impl<R: Runtime> Job<'_, R> {
     /// Enqueues the kernel for columns that were decoded, or for all by their words.
     fn launch(&self, gpu: &Gpu<R>, columns: Range<usize>, decoded: Option<&Tensor<Gpu<R>>>) -> Result<()> {
+        if u32::try_from(self.out.elements()).is_err() {
+            let what = format!("{} partial sums, which have indices of 32 bits,", self.out.elements());
+            return Err(limit(gpu, self.operation, what));
+        }
         let (config, rows) = (self.config, self.experts);
         let (n, k) = (self.weight.padded_out(), self.weight.padded_in());
         let m = self.x.elements() / (config.parts * k);
