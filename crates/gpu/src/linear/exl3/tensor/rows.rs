@@ -144,28 +144,21 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
         let at = begin + plane + comptime!(d * c.planes);
         load_words(words, &lane_words, &mut loaded, at, end, tile_columns, d, c);
     }
-    let mut largest = Array::<f32>::new(comptime!(c.rows));
-    #[unroll]
-    for r in 0..comptime!(c.rows) {
-        largest[r] = f32::new(0.0);
-    }
-    let mut task = plane;
-    let blocks = (end - begin) / BLOCK_ROWS;
-    while task < blocks * comptime!(c.rows) {
-        let (row, block) = (task / blocks, task % blocks);
-        if comptime!(c.raw.is_some()) {
-            let first = (begin + block * BLOCK_ROWS) * SIDE;
-            let values = rotate_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, c);
-            stage_raw(&values, &mut stage, &mut largest, row, block, c);
-        } else {
-            let first = begin + block * BLOCK_ROWS;
-            stage_rotated(rotated, &mut stage, row, block, first, m, tile_rows, c);
-        }
-        task += comptime!(c.planes);
-    }
-    if comptime!(c.raw.is_some() && c.parts == 2) {
-        split_staged(&mut stage, &mut largest, blocks, c);
-    }
+    let factors = stage_rows::<X, G>(
+        x,
+        gamma,
+        row_factors,
+        rotated,
+        suh,
+        &mut stage,
+        begin,
+        end,
+        m,
+        k,
+        tile_rows,
+        gamma_offset,
+        c,
+    );
     sync_cube();
     if comptime!(c.even) {
         // Words have indices of 32 bits; only the sum with the address has 64.
@@ -220,7 +213,7 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
         shared[(plane * SUMS + i) * LANES + unit] = products.index(comptime!(i / 2))[comptime!(i % 2)];
     }
     sync_cube();
-    write_sums(&shared, &largest, partials, m, tile_columns * SIDE, c);
+    write_sums(&shared, &factors, partials, m, tile_columns * SIDE, c);
 }
 
 /// Loads a lane's words of a tile row, the `d`th of those loaded; a tile row from `end` on is another.
@@ -269,6 +262,49 @@ fn load_next(
         }
         next[i] += hop;
     }
+}
+
+/// Puts tile rows `begin` to `end` of x into shared memory; the factors of the sums of rows that are split here.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn stage_rows<X: Numeric, G: Numeric>(
+    x: &[X],
+    gamma: &[G],
+    row_factors: &[f32],
+    rotated: &[Vector<u32, Const<2>>],
+    suh: &[f16],
+    stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    begin: usize,
+    end: usize,
+    m: usize,
+    k: usize,
+    tile_rows: usize,
+    gamma_offset: f32,
+    #[comptime] c: RowsConfig,
+) -> Array<f32> {
+    let mut largest = Array::<f32>::new(comptime!(c.rows));
+    #[unroll]
+    for r in 0..comptime!(c.rows) {
+        largest[r] = f32::new(0.0);
+    }
+    let mut task = UNIT_POS_Y as usize;
+    let blocks = (end - begin) / BLOCK_ROWS;
+    while task < blocks * comptime!(c.rows) {
+        let (row, block) = (task / blocks, task % blocks);
+        if comptime!(c.raw.is_some()) {
+            let first = (begin + block * BLOCK_ROWS) * SIDE;
+            let values = rotate_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, c);
+            stage_raw(&values, stage, &mut largest, row, block, c);
+        } else {
+            let first = begin + block * BLOCK_ROWS;
+            stage_rotated(rotated, stage, row, block, first, m, tile_rows, c);
+        }
+        task += comptime!(c.planes);
+    }
+    if comptime!(c.raw.is_some() && c.parts == 2) {
+        split_staged(stage, &mut largest, blocks, c);
+    }
+    largest
 }
 
 /// A lane's values of a block of a row, rotated; the block's features are those from `first` on.

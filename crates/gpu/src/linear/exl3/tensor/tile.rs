@@ -17,7 +17,7 @@ use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES};
 use crate::linear::operands::Product;
 use crate::linear::tensor::ExpertRows;
-use crate::linear::tensor::experts::share;
+use crate::linear::tensor::experts::{Share, share};
 use crate::linear::tensor::stage::{Stage, first_vectors, load_x, multiply_step, rows_from, store_x, zero_sums};
 use crate::linear::{grid, limit};
 use crate::weight::GpuWeight;
@@ -177,13 +177,7 @@ fn multiply_rows(
     let lane = new_lane(&constants, c.trellis);
     let pair = CUBE_POS_Y as usize * comptime!(c.planes) + plane;
     let row_stride = tile_columns as usize * comptime!(c.tile_stride());
-    let mut tile_places = tile_places(unit, pair, c);
-    if comptime!(c.experts) {
-        #[unroll]
-        for i in 0..comptime!(c.places()) {
-            tile_places[i] += share.place * (k as usize / SIDE) * row_stride;
-        }
-    }
+    let tile_places = tile_places(unit, pair, &share, k as usize / SIDE * row_stride, c);
     let all = k as usize / comptime!(STEP * c.steps);
     let slice = CUBE_POS_Z as usize;
     let first = slice * all / slices as usize;
@@ -230,11 +224,32 @@ fn multiply_rows(
     if comptime!(c.exact()) {
         put_away(&mut earlier, &mut sums, c.row_blocks);
     }
+    if comptime!(c.exact()) {
+        write_sums(&earlier, partials, &share, slice, first_column as usize + pair * PLANE_COLUMNS, m, n, c);
+    } else {
+        write_sums(&sums, partials, &share, slice, first_column as usize + pair * PLANE_COLUMNS, m, n, c);
+    }
+}
+
+/// Writes a plane's sums of a slice, whose columns are those from `first_column` on.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn write_sums(
+    sums: &Sequence<Array<Vector<f32, Const<2>>>>,
+    partials: &mut [f32],
+    share: &Share,
+    slice: usize,
+    first_column: usize,
+    m: u32,
+    n: u32,
+    #[comptime] c: TileConfig,
+) {
+    let (g, t) = (UNIT_POS_X as usize / 4, UNIT_POS_X as usize % 4);
     let row0 = share.first + t * 2;
-    let column0 = first_column as usize + pair * PLANE_COLUMNS + g;
+    let column0 = first_column + g;
     #[unroll]
     for i in 0..comptime!(2 * c.row_blocks) {
-        let sum = if comptime!(c.exact()) { earlier.index(i) } else { sums.index(i) };
+        let sum = sums.index(i);
         #[unroll]
         for e in 0..2usize {
             let row = row0 + comptime!(i / 2 * 8) + e;
@@ -268,14 +283,18 @@ fn put_away(
     }
 }
 
-/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands.
+/// Where a lane reads in a row of tiles: each of its words of the first of two tiles, or the operands. A weight has `stride` of
+/// these.
 #[cube]
-fn tile_places(unit: usize, pair: usize, #[comptime] c: TileConfig) -> Array<usize> {
+fn tile_places(unit: usize, pair: usize, share: &Share, stride: usize, #[comptime] c: TileConfig) -> Array<usize> {
     let mut places = Array::<usize>::new(comptime!(c.places()));
     #[unroll]
     for i in 0..comptime!(c.places()) {
         let own = if comptime!(c.decoded) { unit } else { lane_word(unit, i, c.trellis) };
         places[i] = pair * comptime!(2 * c.tile_stride()) + own;
+        if comptime!(c.experts) {
+            places[i] += share.place * stride;
+        }
     }
     places
 }
