@@ -379,8 +379,8 @@ impl<R: Runtime> Call<'_, R> {
             activation: self.activation,
             planes: has_planes(gpu),
         };
-        // SAFETY: z holds the rotated rows, the factors one each, out rows times columns, the bank's zero points svh of all its experts, places
-        // [3, E]; rows of other banks' experts are passed over.
+        // SAFETY: z holds the rotated rows, the factors one each, out rows times columns, the bank's zero points svh of all its
+        // experts, places [3, E]; rows of other banks' experts are passed over.
         unsafe {
             rotate_expert_output::launch_unchecked::<R>(
                 gpu.client(),

@@ -1,6 +1,7 @@
 //! Rotated rows of f32 or bf16 as sums of two f16. f16 lacks their range, so each row is first multiplied with a power of two
 //! that brings its largest value just below f16's; its products are multiplied with one over it afterwards, both exactly.
-//! Of a value x of a row whose largest is m, the two keep all but 2^-22 |x| + 2^-39 m; rows whose largest is below 2^-112 lose more.
+//! Of a value x of a row whose largest is m, the two keep all but 2^-22 |x| + 2^-39 m; rows whose largest is below 2^-112
+//! lose more.
 
 use cubecl::prelude::*;
 use marlin_formats::DType;
