@@ -49,17 +49,18 @@ fn grouped(n: usize, k: usize, seed: u32) -> Weight {
 }
 
 /// Gate, up and down differ, and the last expert may have one projection of another format.
-fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], mixed: bool) -> ExpertStack<D> {
+fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], other: Option<ExpertProjection>) -> ExpertStack<D> {
     let expert = |e: usize| {
         let seed = 100 * e as u32;
-        let up = match e {
-            2 if mixed => grouped(intermediate, hidden, seed),
-            _ => trellis(Codebook::Mul1, 4, intermediate, hidden, seed + 10),
+        let weight = |projection, codebook, bits, [n, k]: [usize; 2], seed| match other {
+            Some(other) if e == 2 && other == projection => grouped(n, k, seed),
+            _ => trellis(codebook, bits, n, k, seed),
         };
+        let (up_sizes, down_sizes) = ([intermediate, hidden], [hidden, intermediate]);
         ExpertWeights {
-            gate: trellis(Codebook::Mcg, 3, intermediate, hidden, seed),
-            up,
-            down: trellis(Codebook::ThreeInst, 2 + e as u32, hidden, intermediate, seed + 20),
+            gate: weight(ExpertProjection::Gate, Codebook::Mcg, 3, up_sizes, seed),
+            up: weight(ExpertProjection::Up, Codebook::Mul1, 4, up_sizes, seed + 10),
+            down: weight(ExpertProjection::Down, Codebook::ThreeInst, 2 + e as u32, down_sizes, seed + 20),
         }
     };
     ExpertStack::new(d, (0..EXPERTS).map(expert).collect()).unwrap()
@@ -74,13 +75,14 @@ struct Case {
     tokens: usize,
     /// Hidden and intermediate features.
     sizes: [usize; 2],
-    mixed: bool,
+    /// The projection of another format.
+    other: Option<ExpertProjection>,
     x: DType,
 }
 
 impl Case {
     fn of_tokens(tokens: usize) -> Self {
-        Self { tokens, sizes: [HIDDEN, INTERMEDIATE], mixed: true, x: DType::F16 }
+        Self { tokens, sizes: [HIDDEN, INTERMEDIATE], other: Some(ExpertProjection::Up), x: DType::F16 }
     }
 
     fn run<D: MoeOps>(&self, d: &D, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -> Result<()>) -> Result<Vec<f64>> {
@@ -89,7 +91,7 @@ impl Case {
         let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens))?)?;
         let weights = d.upload(&HostTensor::from_f32(&[tokens, 2], &values(tokens * 2, 2))?)?;
         let mut out = d.upload(&HostTensor::from_f32(&[tokens, hidden], &vec![f32::NAN; tokens * hidden])?)?;
-        let experts = &experts(d, self.sizes, self.mixed);
+        let experts = &experts(d, self.sizes, self.other);
         let (activation, residual) = (Activation::Silu, Residual::None);
         run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
         d.read_f64(&out)
@@ -105,11 +107,13 @@ fn mlps_agree() {
         (7, ExpertKernel::grouped(8)),
         (40, ExpertKernel::grouped(32)),
     ] {
-        let case = Case::of_tokens(tokens);
-        let found = case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
-        let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
-        let error = relative_norm(&found, &expected);
-        assert!(error < 1e-5, "{tokens} tokens, {kernel:?}: {error:e}");
+        for other in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
+            let case = Case { other: Some(other), ..Case::of_tokens(tokens) };
+            let found = case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
+            let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
+            let error = relative_norm(&found, &expected);
+            assert!(error < 1e-5, "{tokens} tokens, another {other:?}, {kernel:?}: {error:e}");
+        }
     }
 }
 
@@ -126,7 +130,7 @@ fn one_launch_cannot_rotate() {
 fn tensor_cores_are_needed() {
     let gpu = gpu();
     assert!(!crate::linear::exl3::tensor_cores(&gpu));
-    let case = Case { mixed: false, ..Case::of_tokens(40) };
+    let case = Case { other: None, ..Case::of_tokens(40) };
     match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(32))) {
         Err(OpError::Unsupported { what, .. }) => assert!(what.contains("m16n8k16"), "{what}"),
         other => panic!("{other:?}"),
@@ -141,24 +145,27 @@ fn tensor_cores_are_needed() {
 fn tensor_cores_agree() {
     let gpu = gpu();
     let (padded, whole) = ([HIDDEN, INTERMEDIATE], [256, 384]);
-    for (tokens, sizes, mixed, x, kernel) in [
-        (1, padded, false, DType::F32, Some(ExpertKernel::tensor(32))),
-        (40, padded, false, DType::F16, Some(ExpertKernel::tensor(32))),
-        (70, whole, true, DType::F32, Some(ExpertKernel::tensor(64))),
-        (200, padded, false, DType::BF16, Some(ExpertKernel::tensor(64))),
-        (9, padded, false, DType::F32, None),
-        (300, whole, true, DType::F32, None),
+    let [gate, up, down] = [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down].map(Some);
+    for (tokens, sizes, other, x, kernel) in [
+        (1, padded, None, DType::F32, Some(ExpertKernel::tensor(32))),
+        (40, padded, None, DType::F16, Some(ExpertKernel::tensor(32))),
+        (40, whole, gate, DType::F32, Some(ExpertKernel::tensor(32))),
+        (70, whole, up, DType::F32, Some(ExpertKernel::tensor(64))),
+        (70, whole, down, DType::F32, Some(ExpertKernel::tensor(64))),
+        (200, padded, None, DType::BF16, Some(ExpertKernel::tensor(64))),
+        (9, padded, None, DType::F32, None),
+        (300, whole, up, DType::F32, None),
     ] {
-        let case = Case { tokens, sizes, mixed, x };
+        let case = Case { tokens, sizes, other, x };
         let found = case.run(&gpu, |d, args| match kernel {
             Some(kernel) => d.moe_expert_mlp_with(args, &kernel),
             None => d.moe_expert_mlp(args),
         });
         let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
         let error = relative_norm(&found.unwrap(), &expected);
-        assert!(error < 1e-5, "{tokens} tokens of {x:?}, {kernel:?}: {error:e}");
+        assert!(error < 1e-5, "{tokens} tokens of {x:?}, another {other:?}, {kernel:?}: {error:e}");
     }
-    let case = Case { tokens: 8, sizes: whole, mixed: false, x: DType::F32 };
+    let case = Case { tokens: 8, sizes: whole, other: None, x: DType::F32 };
     match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(128))) {
         Err(OpError::Unsupported { what, .. }) => assert!(what.contains("tiles of 128 rows"), "{what}"),
         other => panic!("{other:?}"),
@@ -178,7 +185,7 @@ fn sorted_rows_of_one_projection() {
         let unwritten = vec![f32::NAN; 2 * tokens * n];
         let mut out = d.upload(&HostTensor::from_f32(&[2 * tokens, n], &unwritten).unwrap()).unwrap();
         let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
-        let experts = &experts(d, [HIDDEN, INTERMEDIATE], true);
+        let experts = &experts(d, [HIDDEN, INTERMEDIATE], Some(ExpertProjection::Up));
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
