@@ -22,7 +22,6 @@ pub(crate) fn relative_norm(found: &[f64], expected: &[f64]) -> f64 {
 }
 
 /// Every row of so many columns is at most `bound` off, as [`relative_norm`] counts.
-#[cfg(feature = "cuda")]
 pub(crate) fn assert_rows(what: &str, found: &[f64], expected: &[f64], columns: usize, bound: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (row, (found, expected)) in found.chunks_exact(columns).zip(expected.chunks_exact(columns)).enumerate() {

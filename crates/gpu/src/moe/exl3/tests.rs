@@ -8,7 +8,7 @@ use marlin_ops::oracle::Oracle;
 use marlin_ops::{ExpertProjection, ExpertStack, ExpertWeights, HostTensor, MoeOps, OpError, Result, Weight};
 
 use crate::moe::{ExpertKernel, ExpertStrategy};
-use crate::test_values::{random, relative_norm, values};
+use crate::test_values::{assert_rows, random, relative_norm, values};
 
 #[cfg(feature = "cuda")]
 fn gpu() -> crate::Cuda {
@@ -40,7 +40,7 @@ fn trellis(codebook: Codebook, bits: u32, n: usize, k: usize, seed: u32) -> Weig
         suh: scales(padded(k), seed + 1),
         svh: scales(padded(n), seed + 2),
     };
-    Weight::exl3(matrix).unwrap().with_bias(values(n, seed + 3)).unwrap()
+    Weight::exl3(matrix).unwrap()
 }
 
 fn grouped(n: usize, k: usize, seed: u32) -> Weight {
@@ -54,7 +54,7 @@ fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], other: Option<E
         let seed = 100 * e as u32;
         let weight = |projection, codebook, bits, [n, k]: [usize; 2], seed| match other {
             Some(other) if e == 2 && other == projection => grouped(n, k, seed),
-            _ => trellis(codebook, bits, n, k, seed),
+            _ => trellis(codebook, bits, n, k, seed).with_bias(values(n, seed + 3)).unwrap(),
         };
         let (up_sizes, down_sizes) = ([intermediate, hidden], [hidden, intermediate]);
         ExpertWeights {
@@ -194,4 +194,31 @@ fn sorted_rows_of_one_projection() {
         let error = relative_norm(&product(&gpu, projection), &product(&Oracle::new(), projection));
         assert!(error < 1e-5, "{projection:?}: {error:e}");
     }
+}
+
+/// The factors of rotated rows are each row's own: sizes from 1e-20 to 1e20 among the rows of every expert.
+#[test]
+fn rows_of_one_expert_differ_in_size() {
+    const TOKENS: usize = 30;
+    fn product<D: MoeOps>(d: &D) -> Vec<f64> {
+        let expert = |e: u32| ExpertWeights {
+            gate: trellis(Codebook::Mcg, 3, INTERMEDIATE, HIDDEN, 100 * e),
+            up: trellis(Codebook::Mcg, 3, INTERMEDIATE, HIDDEN, 100 * e + 10),
+            down: trellis(Codebook::Mcg, 3, HIDDEN, INTERMEDIATE, 100 * e + 20),
+        };
+        let experts = &ExpertStack::new(d, (0..EXPERTS as u32).map(expert).collect()).unwrap();
+        let mut x = values(TOKENS * HIDDEN, 3);
+        for (token, row) in x.chunks_exact_mut(HIDDEN).enumerate() {
+            let size = 10f32.powi(token as i32 * 7 % 41 - 20);
+            row.iter_mut().for_each(|v| *v *= size);
+        }
+        let x = d.upload(&HostTensor::from_f32(&[TOKENS, HIDDEN], &x).unwrap()).unwrap();
+        let ids = d.upload(&HostTensor::from_u32(&[TOKENS, 2], &ids(TOKENS)).unwrap()).unwrap();
+        let unwritten = vec![f32::NAN; 2 * TOKENS * INTERMEDIATE];
+        let mut out = d.upload(&HostTensor::from_f32(&[2 * TOKENS, INTERMEDIATE], &unwritten).unwrap()).unwrap();
+        let (order, activation, projection) = (RowOrder::Token { ids: &ids }, Activation::None, ExpertProjection::Gate);
+        d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
+        d.read_f64(&out).unwrap()
+    }
+    assert_rows("gate", &product(&gpu()), &product(&Oracle::new()), INTERMEDIATE, 1e-5);
 }

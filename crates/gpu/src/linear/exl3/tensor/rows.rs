@@ -642,9 +642,7 @@ mod choice {
 
     use super::*;
     use crate::element::Storage;
-
-    /// What the devices of compute capability 7.5, 8.6 to 12.0, 8.0 and 9.0 have.
-    const SHARED: [usize; 4] = [64 << 10, 99 << 10, 163 << 10, 227 << 10];
+    use crate::linear::tensor::SHARED;
 
     #[test]
     fn cubes_fit_their_device() {

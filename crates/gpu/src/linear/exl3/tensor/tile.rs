@@ -223,8 +223,6 @@ fn multiply_rows(
     }
     if comptime!(c.exact()) {
         put_away(&mut earlier, &mut sums, c.row_blocks);
-    }
-    if comptime!(c.exact()) {
         write_sums(&earlier, partials, &share, slice, first_column as usize + pair * PLANE_COLUMNS, m, n, c);
     } else {
         write_sums(&sums, partials, &share, slice, first_column as usize + pair * PLANE_COLUMNS, m, n, c);
