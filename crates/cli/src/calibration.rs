@@ -25,6 +25,7 @@ pub fn read_sequences(text: &Path, tokenizer: &Tokenizer, tokens: usize, context
 pub struct ModelCalibration<'a, B: Backend> {
     model: CalibrationModel<'a, B>,
     checkpoint: &'a Checkpoint,
+    on_cpu: bool,
 }
 
 impl<'a, B: Backend> ModelCalibration<'a, B> {
@@ -35,7 +36,8 @@ impl<'a, B: Backend> ModelCalibration<'a, B> {
         config: &'a ModelConfig,
         sequences: &[Vec<u32>],
     ) -> Result<Self> {
-        Ok(Self { model: CalibrationModel::new(backend, checkpoint, config, sequences)?, checkpoint })
+        let on_cpu = backend.name() == "cpu";
+        Ok(Self { model: CalibrationModel::new(backend, checkpoint, config, sequences)?, checkpoint, on_cpu })
     }
 }
 
@@ -56,10 +58,11 @@ impl<B: Backend> Calibration for ModelCalibration<'_, B> {
         let dims = [module.out_features, module.in_features];
         let mut weight = match weight {
             Replacement::Quantized(QuantizedWeight::Grouped(matrix)) => Weight::quantized(matrix)?,
-            // All calibration tokens pass at once: decoding once is faster than at each product.
-            Replacement::Quantized(weight @ QuantizedWeight::Exl3(_)) => {
+            // All calibration tokens pass at once: on the CPU decoding once is faster than at each product.
+            Replacement::Quantized(weight @ QuantizedWeight::Exl3(_)) if self.on_cpu => {
                 Weight::dense(HostTensor::from_f32(&dims, &weight.decode()?)?)?
             }
+            Replacement::Quantized(QuantizedWeight::Exl3(matrix)) => Weight::exl3(matrix)?,
             Replacement::Dense(values) => Weight::dense(HostTensor::from_f32(&dims, &values)?)?,
         };
         let bias = format!("{}.bias", module.name);

@@ -133,12 +133,15 @@ impl<R: Runtime> Gpu<R> {
         Ok(Tensor::from_buffer(buffer, shape, dtype))
     }
 
-    /// Waits and reads the first `bytes` of a buffer; reports what failed before.
-    pub(crate) fn read(&self, operation: &'static str, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
+    /// Waits and reads the first `bytes` of a buffer and perhaps a few more; reports what failed before.
+    pub(crate) fn read(&self, operation: &'static str, buffer: &Buffer, bytes: usize) -> Result<Bytes> {
         self.traffic.read(bytes);
-        let handles = vec![buffer.handle.clone(), self.faults.handle.clone()];
+        // Of a buffer that is larger, as those of planned tensors are, no more than is asked for, in whole words.
+        let mut handle = buffer.handle.clone();
+        handle.offset_end = Some((buffer.bytes - bytes.next_multiple_of(4).max(4)) as u64);
+        let handles = vec![handle, self.faults.handle.clone()];
         let read = block_on(self.client.read_async(handles)).map_err(|e| device_error(operation, &e))?;
-        let [data, record] = read.as_slice() else {
+        let Ok([data, record]) = <[Bytes; 2]>::try_from(read) else {
             return Err(OpError::Device { operation, reason: "two buffers were read as fewer".into() });
         };
         let record: Vec<u32> = record.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
@@ -146,7 +149,7 @@ impl<R: Runtime> Gpu<R> {
             self.write(&self.faults, bytemuck::cast_slice(&fault::CLEAR));
             return Err(error);
         }
-        Ok(data[..bytes].to_vec())
+        Ok(data)
     }
 
     /// Replaces the start of a buffer, in order with the work before and after.
@@ -271,15 +274,18 @@ impl<R: Runtime> Device for Gpu<R> {
                 expected: "F32, F16 or BF16",
             });
         }
-        let bytes = self.read(OP, tensor.buffer(), tensor.size_in_bytes())?;
-        HostTensor::new(dtype, tensor.dims(), std::sync::Arc::new(bytes), 0)?.to_f32()
+        let bytes = &self.read(OP, tensor.buffer(), tensor.size_in_bytes())?[..tensor.size_in_bytes()];
+        match dtype {
+            DType::F32 => Ok(bytemuck::pod_collect_to_vec(bytes)),
+            _ => HostTensor::new(dtype, tensor.dims(), std::sync::Arc::new(bytes.to_vec()), 0)?.to_f32(),
+        }
     }
 
     fn read_u32(&self, tensor: &Tensor<Self>) -> Result<Vec<u32>> {
         const OP: &str = "read_u32";
         expect_dtype(OP, "tensor", tensor, DType::U32)?;
         let bytes = self.read(OP, tensor.buffer(), tensor.size_in_bytes())?;
-        HostTensor::new(DType::U32, tensor.dims(), std::sync::Arc::new(bytes), 0)?.to_u32()
+        Ok(bytemuck::pod_collect_to_vec(&bytes[..tensor.size_in_bytes()]))
     }
 
     fn path_search(&self) -> Option<&dyn PathSearch> {

@@ -7,6 +7,7 @@ use marlin_formats::exl3::{Exl3Matrix, HADAMARD};
 use marlin_formats::grid::GridMatrix;
 use marlin_formats::{QuantizedMatrix, ScaleKind, Shift};
 use marlin_ops::{HostTensor, Result, Weight, WeightData};
+use rayon::prelude::*;
 
 use crate::decode::{Codes, Decoder, PADDED, Scale, Trellis};
 pub use crate::moe::GpuExperts;
@@ -96,23 +97,35 @@ pub(crate) fn pack(weight: &Weight) -> Result<Packed> {
 /// `[N, K]` to words `[units, N]`, one f32 or two 16-bit values each; an odd last feature is paired with 0.
 fn pack_dense(tensor: &HostTensor, n: usize, k: usize) -> Result<Packed> {
     let decoder = Decoder::dense(tensor.dtype());
-    let mut words = vec![0u32; k.next_multiple_of(PADDED) / decoder.unit() * n];
-    if decoder.unit() == 1 {
-        for (column, row) in tensor.to_f32()?.chunks_exact(k.max(1)).enumerate() {
-            for (unit, value) in row.iter().enumerate() {
-                words[unit * n + column] = value.to_bits();
-            }
-        }
+    let units = k.next_multiple_of(PADDED) / decoder.unit();
+    let words = if decoder.unit() == 1 {
+        let values = tensor.to_f32()?;
+        transposed(n, units, |column, unit| values[column * k..][..k].get(unit).map_or(0, |value| value.to_bits()))
     } else {
-        for (column, row) in tensor.to_u16_bits()?.chunks_exact(k.max(1)).enumerate() {
-            for (unit, pair) in row.chunks(2).enumerate() {
-                let high = pair.get(1).copied().unwrap_or(0);
-                words[unit * n + column] = u32::from(pair[0]) | u32::from(high) << 16;
-            }
-        }
-    }
+        let values = tensor.to_u16_bits()?;
+        transposed(n, units, |column, unit| {
+            let value = |feature: usize| values[column * k..][..k].get(feature).map_or(0, |&bits| u32::from(bits));
+            value(2 * unit) | value(2 * unit + 1) << 16
+        })
+    };
     let (scales, zeros, table) = (Vec::new(), Vec::new(), Vec::new());
     Ok(Packed { decoder, words, scales, scale_count: 0, zeros, zero_count: 0, table })
+}
+
+/// Words `[units, n]` of values that lie column by column, in blocks that stay in a core's cache.
+fn transposed(n: usize, units: usize, word: impl Fn(usize, usize) -> u32 + Sync) -> Vec<u32> {
+    const BLOCK: usize = 64;
+    let mut words = vec![0; units * n];
+    words.par_chunks_mut((BLOCK * n).max(1)).enumerate().for_each(|(block, words)| {
+        for first in (0..n).step_by(BLOCK) {
+            for (i, row) in words.chunks_exact_mut(n).enumerate() {
+                for (column, out) in (first..n.min(first + BLOCK)).zip(&mut row[first..]) {
+                    *out = word(column, block * BLOCK + i);
+                }
+            }
+        }
+    });
+    words
 }
 
 fn pack_quantized(matrix: &QuantizedMatrix) -> Result<Packed> {

@@ -51,7 +51,26 @@ impl<'a> Probe<'a> {
 
     /// `x` is the input of `module`.
     pub(crate) fn see<B: Backend>(&mut self, backend: &B, module: impl Display, x: &Tensor<B>) -> Result<()> {
-        self.see_columns(backend, module, x, x.columns())
+        self.see_each(backend, [module], x)
+    }
+
+    /// `x` is the input of each of `modules`.
+    pub(crate) fn see_each<B: Backend, const N: usize>(
+        &mut self,
+        backend: &B,
+        modules: [impl Display; N],
+        x: &Tensor<B>,
+    ) -> Result<()> {
+        match &mut self.observer {
+            Some((prefix, observer)) => {
+                let values = backend.read_f32(x)?;
+                let mut all = modules.iter();
+                all.try_for_each(|module| {
+                    observer.observe(&format!("{prefix}{module}"), x.rows(), x.columns(), &values)
+                })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The first `columns` of `x` are the input of `module`.
@@ -65,11 +84,9 @@ impl<'a> Probe<'a> {
         let Some((prefix, observer)) = &mut self.observer else {
             return Ok(());
         };
-        let mut values = backend.read_f32(x)?;
-        if columns < x.columns() {
-            let rows = values.chunks_exact(x.columns());
-            values = rows.flat_map(|row| &row[..columns]).copied().collect();
-        }
+        let values = backend.read_f32(x)?;
+        let rows = values.chunks_exact(x.columns());
+        let values: Vec<f32> = rows.flat_map(|row| &row[..columns]).copied().collect();
         observer.observe(&format!("{prefix}{module}"), x.rows(), columns, &values)
     }
 }

@@ -159,20 +159,26 @@ impl HostTensor {
 
     /// An owned f32 tensor.
     pub fn from_f32(dims: &[usize], values: &[f32]) -> Result<Self> {
-        Self::owned(DType::F32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        Self::owned(DType::F32, dims, le_bytes(values, |v| v.to_le_bytes()))
     }
 
     /// An owned u32 tensor.
     pub fn from_u32(dims: &[usize], values: &[u32]) -> Result<Self> {
-        Self::owned(DType::U32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        Self::owned(DType::U32, dims, le_bytes(values, |v| v.to_le_bytes()))
     }
 
     /// An owned tensor of the given float dtype, each value rounded once (RNE).
     pub fn from_f32_as(dtype: DType, dims: &[usize], values: &[f32]) -> Result<Self> {
         let bytes = match dtype {
             DType::F32 => return Self::from_f32(dims, values),
-            DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-            DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            DType::F16 => {
+                let values: Vec<u16> = values.iter().map(|&v| f16::from_f32(v).to_bits()).collect();
+                le_bytes(&values, |v| v.to_le_bytes())
+            }
+            DType::BF16 => {
+                let values: Vec<u16> = values.iter().map(|&v| bf16::from_f32(v).to_bits()).collect();
+                le_bytes(&values, |v| v.to_le_bytes())
+            }
             found => {
                 return Err(OpError::DType {
                     operation: "host tensor",
@@ -252,6 +258,14 @@ impl HostTensor {
 impl std::fmt::Debug for HostTensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "HostTensor({:?}, {:?})", self.dtype, self.shape)
+    }
+}
+
+/// Values as little-endian bytes; `convert` is for machines that store them otherwise.
+fn le_bytes<const N: usize, T: bytemuck::NoUninit>(values: &[T], convert: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
+    match cfg!(target_endian = "little") {
+        true => bytemuck::cast_slice(values).to_vec(),
+        false => values.iter().flat_map(convert).collect(),
     }
 }
 

@@ -64,7 +64,9 @@ impl Hessian {
                 found: activations.len(),
             });
         }
-        if let Some(index) = activations.iter().position(|v| !v.is_finite()) {
+        let damaged = |part: &[f32]| part.iter().position(|v| !v.is_finite());
+        let found = activations.par_chunks(PANEL * PANEL).any(|part| damaged(part).is_some());
+        if let Some(index) = found.then(|| damaged(activations)).flatten() {
             return Err(QuantizeError::NonFiniteActivation {
                 row: self.rows + (index / k) as u64,
                 feature: index % k,

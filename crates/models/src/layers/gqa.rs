@@ -75,9 +75,7 @@ impl<B: Backend> Gqa<B> {
         let (backend, rows) = (pass.backend, pass.rows);
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
 
-        for name in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
-            probe.see(backend, name, x)?;
-        }
+        probe.see_each(backend, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], x)?;
         q.reshape(&[rows, heads * head_dim])?;
         for out in [&mut *k, &mut *v] {
             out.reshape(&[rows, kv_heads * head_dim])?;

@@ -116,8 +116,7 @@ impl<B: Backend> Mla<B> {
             Query::Direct(q_proj) => ("self_attn.q_proj", q_proj, q),
             Query::Latent { q_a_proj, .. } => ("self_attn.q_a_proj", q_a_proj, q_latent),
         };
-        probe.see(pass.backend, name, x)?;
-        probe.see(pass.backend, "self_attn.kv_a_proj_with_mqa", x)?;
+        probe.see_each(pass.backend, [name, "self_attn.kv_a_proj_with_mqa"], x)?;
         out.reshape(&[pass.rows, weight.out_features()])?;
         kv_latent.reshape(&[pass.rows, self.kv_a_proj.out_features()])?;
         let projections = &mut [Projection { weight, out }, Projection { weight: &self.kv_a_proj, out: kv_latent }];

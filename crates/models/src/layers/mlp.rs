@@ -53,8 +53,7 @@ impl<B: Backend> Mlp<B> {
         probe: &mut Probe<'_>,
     ) -> Result<()> {
         let name = &self.name;
-        probe.see(backend, format_args!("{name}.gate_proj"), x)?;
-        probe.see(backend, format_args!("{name}.up_proj"), x)?;
+        probe.see_each(backend, [format_args!("{name}.gate_proj"), format_args!("{name}.up_proj")], x)?;
         inner.reshape(&[x.rows(), self.gate_proj.out_features()])?;
         backend.gated_up(GatedUpArgs {
             x,

@@ -2,10 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use rayon::prelude::*;
+
 use super::ActivationSink;
 use super::run::Task;
 use crate::plan::Module;
 use crate::{Hessian, QuantizeError, Result};
+
+/// Features whose magnitudes one task sums.
+const MAGNITUDES: usize = 256;
 
 /// Collects the Hessians of the modules it was made for and ignores all others.
 ///
@@ -114,9 +119,12 @@ impl ActivationSink for Collector {
         };
         let input = &mut self.inputs[slot];
         input.hessian.accumulate(values).or_else(|error| refuse(error.to_string()))?;
-        for row in values.chunks_exact(columns) {
-            input.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
-        }
+        let sums = input.magnitudes.par_chunks_mut(MAGNITUDES).enumerate();
+        sums.for_each(|(c, sums)| {
+            for row in values.chunks_exact(columns) {
+                sums.iter_mut().zip(&row[c * MAGNITUDES..]).for_each(|(sum, x)| *sum += f64::from(x.abs()));
+            }
+        });
         self.last = Some(Last { module: module.to_owned(), slot, values: values.to_vec() });
         Ok(())
     }
