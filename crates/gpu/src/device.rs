@@ -137,9 +137,8 @@ impl<R: Runtime> Gpu<R> {
     pub(crate) fn read(&self, operation: &'static str, buffer: &Buffer, bytes: usize) -> Result<Bytes> {
         self.traffic.read(bytes);
         // Of a buffer that is larger, as those of planned tensors are, no more than is asked for, in whole words.
-        let mut handle = buffer.handle.clone();
-        handle.offset_end = Some((buffer.bytes - bytes.next_multiple_of(4).max(4)) as u64);
-        let handles = vec![handle, self.faults.handle.clone()];
+        let unread = buffer.bytes - bytes.next_multiple_of(4).max(4);
+        let handles = vec![buffer.handle.clone().offset_end(unread as u64), self.faults.handle.clone()];
         let read = block_on(self.client.read_async(handles)).map_err(|e| device_error(operation, &e))?;
         let Ok([data, record]) = <[Bytes; 2]>::try_from(read) else {
             return Err(OpError::Device { operation, reason: "two buffers were read as fewer".into() });

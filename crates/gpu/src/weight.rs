@@ -235,3 +235,33 @@ fn pad(codes: &[u32], decoder: Decoder, n: usize, k: usize) -> Vec<u32> {
     words.resize(k.next_multiple_of(PADDED) / decoder.unit() * decoder.words() * n, 0);
     words
 }
+
+#[cfg(test)]
+mod tests {
+    use marlin_formats::DType;
+
+    use super::*;
+
+    #[test]
+    fn dense_words_lie_feature_by_feature() {
+        for (n, k) in [(1, 1), (3, 64), (64, 129), (130, 131), (0, 5), (5, 0)] {
+            let values: Vec<f32> = (0..n * k).map(|i| i as f32).collect();
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let tensor = HostTensor::from_f32_as(dtype, &[n, k], &values).unwrap();
+                let words = pack_dense(&tensor, n, k).unwrap().words;
+                let bits = |column: usize, feature: usize| match dtype {
+                    _ if feature >= k => 0,
+                    DType::F32 => values[column * k + feature].to_bits(),
+                    _ => u32::from(tensor.to_u16_bits().unwrap()[column * k + feature]),
+                };
+                let per_word = 4 / dtype.size_in_bytes();
+                assert_eq!(words.len(), k.next_multiple_of(PADDED) / per_word * n, "{dtype:?} [{n}, {k}]");
+                for (unit, column) in (0..words.len()).map(|i| (i / n, i % n)) {
+                    let low = bits(column, unit * per_word);
+                    let high = if per_word == 2 { bits(column, 2 * unit + 1) << 16 } else { 0 };
+                    assert_eq!(words[unit * n + column], low | high, "{dtype:?} [{n}, {k}]: unit {unit} of {column}");
+                }
+            }
+        }
+    }
+}

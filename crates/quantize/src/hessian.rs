@@ -14,6 +14,9 @@ const PANEL: usize = 256;
 /// Activation rows multiplied at once, so that f32 sums stay short.
 const ROW_BLOCK: usize = 512;
 
+/// Values that one task looks at for any that are not finite.
+const CHECKED: usize = 1 << 16;
+
 /// `X^T X` over the calibration inputs `X` of one linear layer.
 ///
 /// Products and sums are f32. The result depends on how the rows were split into calls, not on
@@ -65,7 +68,7 @@ impl Hessian {
             });
         }
         let damaged = |part: &[f32]| part.iter().position(|v| !v.is_finite());
-        let found = activations.par_chunks(PANEL * PANEL).any(|part| damaged(part).is_some());
+        let found = activations.par_chunks(CHECKED).any(|part| damaged(part).is_some());
         if let Some(index) = found.then(|| damaged(activations)).flatten() {
             return Err(QuantizeError::NonFiniteActivation {
                 row: self.rows + (index / k) as u64,

@@ -46,6 +46,11 @@ fn refuses_bad_activations_and_sizes() {
     let error = hessian.accumulate(&[1.0, 1.0, f32::NAN, 1.0]).unwrap_err();
     assert!(matches!(error, QuantizeError::NonFiniteActivation { row: 2, feature: 2, .. }), "{error}");
     assert!(matches!(hessian.accumulate(&[1.0; 7]), Err(QuantizeError::Length { found: 7, .. })));
+    // The first of two, beyond what one task looks at.
+    let mut long = vec![1.0; 4 * 40_000];
+    (long[4 * 17_000 + 3], long[4 * 39_000]) = (f32::INFINITY, f32::NAN);
+    let error = hessian.accumulate(&long).unwrap_err();
+    assert!(matches!(error, QuantizeError::NonFiniteActivation { row: 17_002, feature: 3, .. }), "{error}");
     assert!(hessian == before);
     assert!(matches!(Hessian::new(0), Err(QuantizeError::HessianSize { .. })));
     assert!(matches!(Hessian::new(usize::MAX), Err(QuantizeError::HessianSize { .. })));

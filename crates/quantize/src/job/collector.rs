@@ -139,3 +139,29 @@ fn parent(module: &str) -> &str {
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Role;
+
+    #[test]
+    fn every_feature_has_its_mean_magnitude() {
+        let (rows, columns) = (5, 2 * MAGNITUDES + 3);
+        let role = Role::Linear;
+        let module = Module { name: "m".to_owned(), layer: Some(0), role, out_features: 1, in_features: columns };
+        let target = crate::plan::Target::Exl3 { codebook: marlin_formats::exl3::Codebook::Mcg, bits: 3 };
+        let values: Vec<f32> = (0..2 * rows * columns).map(|i| (i * 7919 % 1009) as f32 - 500.0).collect();
+        let tasks = [(&module, target)];
+        let mut collector = Collector::new(&tasks);
+        for values in values.chunks_exact(rows * columns) {
+            collector.activations("m", rows, columns, values).unwrap();
+        }
+        let groups = collector.into_groups();
+        for (k, &mean) in groups[0].mean_abs.iter().enumerate() {
+            let sum: f64 = values.iter().skip(k).step_by(columns).map(|x| f64::from(x.abs())).sum();
+            assert_eq!(mean, sum / (2 * rows) as f64, "feature {k}");
+        }
+        assert_eq!(groups[0].mean_abs.len(), columns);
+    }
+}
