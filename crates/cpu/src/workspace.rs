@@ -3,7 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::linear::{ActivationBlock, RotatedBlock};
+use crate::linear::{ActivationBlock, DoubledCodes, RotatedBlock};
 use crate::sampling::Candidate;
 use crate::simd::Line;
 
@@ -81,8 +81,9 @@ pub(crate) struct Workspace {
     pub(crate) codes: Shelf<Line<u32>>,
     /// Quantized activations.
     pub(crate) blocks: Shelf<ActivationBlock>,
-    /// Rotated and quantized activations.
+    /// Rotated and quantized activations; some of their codes twice.
     pub(crate) rotated: Shelf<RotatedBlock>,
+    pub(crate) doubled: Shelf<DoubledCodes>,
     /// Index lists.
     pub(crate) indices: Shelf<u32>,
     /// Tokens to sample from.

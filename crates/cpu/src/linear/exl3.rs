@@ -47,10 +47,35 @@ impl Default for RotatedBlock {
     }
 }
 
+/// The codes of the rows of every second pair of a [`RotatedBlock`], each in both halves.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+pub(crate) struct DoubledCodes([[i32; 2]; HADAMARD / 4]);
+
+impl Default for DoubledCodes {
+    fn default() -> Self {
+        Self([[0; 2]; HADAMARD / 4])
+    }
+}
+
+impl DoubledCodes {
+    fn of(block: &RotatedBlock) -> Self {
+        let mut doubled = Self::default();
+        for (doubled, [_, pair]) in doubled.0.iter_mut().zip(block.pairs.as_chunks().0) {
+            *doubled = [pair & 0xFFFF | pair << 16, (pair >> 16) & 0xFFFF | pair & !0xFFFF];
+        }
+        doubled
+    }
+}
+
 /// Rotated rows in the form that a weight takes.
 pub(super) enum Rotated<'a> {
     Floats(Scratch<'a, f32>),
-    Codes(Scratch<'a, RotatedBlock>),
+    Codes {
+        blocks: Scratch<'a, RotatedBlock>,
+        /// Of a single row, where its byte sums are to be products.
+        doubled: Option<Scratch<'a, DoubledCodes>>,
+    },
 }
 
 /// Weights whose rotated rows an operation prepares for all of its tasks; tasks rotate their rows for others.
@@ -100,7 +125,12 @@ impl Cpu {
             self.pool.for_chunks(&mut blocks, grain * per_row, |i, out| {
                 self.level.run(RotateRows { x: rows(i), scales: &q.suh, out: Out::Codes(out) });
             });
-            Rotated::Codes(blocks)
+            let doubled = (count == 1 && self.sums_bytes_by_products).then(|| {
+                let mut doubled = self.workspace.doubled.take(per_row);
+                doubled.iter_mut().zip(&*blocks).for_each(|(doubled, block)| *doubled = DoubledCodes::of(block));
+                doubled
+            });
+            Rotated::Codes { blocks, doubled }
         } else {
             let mut floats = self.workspace.floats.take(count * width);
             self.pool.for_chunks(&mut floats, grain * width, |i, out| {
@@ -153,13 +183,14 @@ impl Cpu {
         acc: &mut [Line<f32>],
     ) {
         match rotated {
-            Rotated::Codes(blocks) => {
+            Rotated::Codes { blocks, doubled } => {
+                let doubled = doubled.as_deref();
                 let x = Rows { data: &blocks[..], stride: q.suh.len() / HADAMARD, first, index };
                 let codes = match acc.len() {
                     SPAN => &mut [],
                     _ => panels.lines().1,
                 };
-                self.level.run_trellis(CodeSpan { q, span, x, codes, acc });
+                self.level.run_trellis(CodeSpan { q, span, x, doubled, codes, acc });
             }
             Rotated::Floats(floats) => {
                 let x = Rows { data: &floats[..], stride: q.suh.len(), first, index };
@@ -343,12 +374,18 @@ const _: () = assert!(PAIRS == 8);
 // After the macros that it uses.
 mod floats;
 
-/// `u + 510` of two rows of all columns: their byte sums.
+/// Products of the states of two rows of all columns, whose byte sums are `u + 510`.
+#[inline(always)]
+fn multiply_states<S: Simd, const BITS: usize>(s: S, tile: &[TrellisRow; BITS], pair: usize) -> [S::I; 2] {
+    let multiplier = s.splat_i(Codebook::Mul1.multiplier() as i32);
+    s.trellis_states(tile, pair).map(|states| s.mul_i(states, multiplier))
+}
+
+/// `u + 510` of two rows of all columns.
 #[inline(always)]
 fn sum_pairs<S: Simd, const BITS: usize>(s: S, tile: &[TrellisRow; BITS], pair: usize) -> S::I {
-    let multiplier = s.splat_i(Codebook::Mul1.multiplier() as i32);
-    let [even, odd] = s.trellis_states(tile, pair);
-    s.sum_byte_pairs(s.mul_i(even, multiplier), s.mul_i(odd, multiplier))
+    let [even, odd] = multiply_states(s, tile, pair);
+    s.sum_byte_pairs(even, odd)
 }
 
 /// Decodes input features `k0 ..` of a column tile to f32, one line each; both are whole tiles.
@@ -441,6 +478,8 @@ struct CodeSpan<'a> {
     q: &'a Exl3,
     span: usize,
     x: Rows<'a, RotatedBlock>,
+    /// Those of a single row, if its byte sums are to be products.
+    doubled: Option<&'a [DoubledCodes]>,
     /// [`CODE_PANEL`] lines; none for a single row.
     codes: &'a mut [Line<u32>],
     acc: &'a mut [Line<f32>],
@@ -451,12 +490,12 @@ impl Kernel for CodeSpan<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { q, span, x, codes, acc } = self;
+        let Self { q, span, x, doubled, codes, acc } = self;
         let rows = acc.len() / SPAN;
         for (t, acc) in acc.chunks_exact_mut(rows).enumerate() {
             let column = SPAN * span + t;
             match acc {
-                [acc] => *acc = with_bits!(q.bits, one_row::<S>(s, q.words_from(column), x.row(0))),
+                [acc] => *acc = with_bits!(q.bits, one_row::<S>(s, q.words_from(column), x.row(0), doubled)),
                 _ => multiply_codes(s, q.bits, q.column_words(column), x, codes, acc),
             }
         }
@@ -484,8 +523,16 @@ fn rotate_back<S: Simd>(s: S, svh: &[f32], acc: &mut [Line<f32>]) {
 const BLOCK_TILES: usize = HADAMARD / tile::SIDE;
 
 #[inline(always)]
-fn one_row<S: Simd, const BITS: usize>(s: S, words: &[TrellisRow], x: &[RotatedBlock]) -> Line<f32> {
-    s.outlined(OneRow::<BITS> { words, x })
+fn one_row<S: Simd, const BITS: usize>(
+    s: S,
+    words: &[TrellisRow],
+    x: &[RotatedBlock],
+    doubled: Option<&[DoubledCodes]>,
+) -> Line<f32> {
+    match doubled {
+        Some(doubled) => s.outlined(OneRow::<BITS, true> { words, x, doubled }),
+        None => s.outlined(OneRow::<BITS, false> { words, x, doubled: &[] }),
+    }
 }
 
 /// Rows of words that are fetched ahead of their use.
@@ -501,14 +548,16 @@ fn fetch_ahead<S: Simd, const BITS: usize>(s: S, words: &[TrellisRow], tile: usi
     }
 }
 
-/// One row straight from the packed words.
-struct OneRow<'a, const BITS: usize> {
+/// One row straight from the packed words; with `PRODUCTS` its byte sums are made by products.
+struct OneRow<'a, const BITS: usize, const PRODUCTS: bool> {
     /// Those of the column, and what follows it.
     words: &'a [TrellisRow],
     x: &'a [RotatedBlock],
+    /// Of `x`, for `PRODUCTS`.
+    doubled: &'a [DoubledCodes],
 }
 
-impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
+impl<const BITS: usize, const PRODUCTS: bool> Kernel for OneRow<'_, BITS, PRODUCTS> {
     type Output = Line<f32>;
 
     #[inline(always)]
@@ -523,7 +572,20 @@ impl<const BITS: usize> Kernel for OneRow<'_, BITS> {
             for (i, (tile, x)) in tiles.iter().zip(x.pairs.as_chunks::<PAIRS>().0).enumerate() {
                 fetch_ahead::<S, BITS>(s, self.words, b * BLOCK_TILES + i);
                 for_pairs!(s, |pair| {
-                    dots[pair % chains] = s.dot2(dots[pair % chains], sum_pairs(s, tile, pair), x[pair]);
+                    let dot = &mut dots[pair % chains];
+                    *dot = if !PRODUCTS {
+                        s.dot2(*dot, sum_pairs(s, tile, pair), x[pair])
+                    } else {
+                        let [even, odd] = multiply_states(s, tile, pair);
+                        // Every second pair in another way: one has more products, the other more operations.
+                        if pair % 2 == 0 {
+                            let sums = s.add_byte_sums(s.shl(s.sum_bytes(odd), 16), even);
+                            s.dot2(*dot, sums, x[pair])
+                        } else {
+                            let doubled = self.doubled[b].0[i * PAIRS / 2 + pair / 2];
+                            s.dot_bytes(s.dot_bytes(*dot, even, doubled[0]), odd, doubled[1])
+                        }
+                    };
                 });
             }
             let mut dot = dots[0];
@@ -683,6 +745,53 @@ mod tests {
                     let found = level.run(Value(codebook, states, true));
                     let expected = states.map(|state| codebook.value(state as u16).to_f32());
                     assert_eq!(found, expected, "{level:?} {codebook:?} from state {first}");
+                }
+            }
+        }
+    }
+
+    /// A row with both kinds of byte sums.
+    struct BothSums<'a> {
+        bits: u32,
+        words: &'a [TrellisRow],
+        x: &'a [RotatedBlock],
+        doubled: &'a [DoubledCodes],
+    }
+
+    impl Kernel for BothSums<'_> {
+        type Output = [Line<f32>; 2];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> [Line<f32>; 2] {
+            let Self { bits, words, x, doubled } = self;
+            [None, Some(doubled)].map(|doubled| with_bits!(bits, one_row::<S>(s, words, x, doubled)))
+        }
+    }
+
+    #[test]
+    fn byte_sums_by_products_are_the_same() {
+        let word = |i: usize| (i as u32).wrapping_mul(2_654_435_761).rotate_left(i as u32 % 29);
+        // Codes of all sizes, the largest of both signs among them.
+        let x: [RotatedBlock; 3] = std::array::from_fn(|b| RotatedBlock {
+            pairs: std::array::from_fn(|i| match i % 5 {
+                0 => 0x7FFF_8001u32 as i32,
+                1 => 0x8001_7FFFu32 as i32,
+                _ => (word(i + 64 * b) & 0x7FFF_7FFF) as i32,
+            }),
+            start: b as i32 - 1,
+            scale: 1.0,
+            rest: 0.5,
+        });
+        let doubled = x.each_ref().map(DoubledCodes::of);
+        for bits in 1..=8 {
+            let words: Vec<_> = (0..x.len() * BLOCK_TILES * bits as usize)
+                .map(|row| TrellisRow(std::array::from_fn(|i| word(8 * row + i))))
+                .collect();
+            for level in Level::all() {
+                let case = || BothSums { bits, words: &words, x: &x, doubled: &doubled };
+                for [expected, found] in [level.run(case()), level.run_trellis(case())] {
+                    assert_eq!(found.0, expected.0, "{level:?} {bits} bits");
+                    assert_ne!(found.0, [1.5; LANES], "{level:?} {bits} bits: no sums");
                 }
             }
         }

@@ -19,7 +19,7 @@ use marlin_ops::linear::{
 };
 use marlin_ops::{LinearOps, Result};
 
-pub(crate) use self::exl3::RotatedBlock;
+pub(crate) use self::exl3::{DoubledCodes, RotatedBlock};
 use self::exl3::{ForWeight, PREPARED};
 pub(crate) use self::int8::ActivationBlock;
 use self::int8::{PAIR, QuantizeRows, Tile};

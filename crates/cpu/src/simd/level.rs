@@ -74,6 +74,15 @@ impl Level {
         }
     }
 
+    /// Whether this machine sums bytes best by products.
+    pub(crate) fn sums_bytes_by_products(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => s.sums_bytes_by_products(),
+            _ => false,
+        }
+    }
+
     /// [`Level::run`] for kernels that decode trellises, with byte permutations where the machine has them.
     #[inline]
     pub(crate) fn run_trellis<K: Kernel>(self, kernel: K) -> K::Output {

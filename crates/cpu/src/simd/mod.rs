@@ -182,6 +182,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// Sum of the four bytes of each lane.
     fn sum_bytes(self, v: Self::I) -> Self::I;
+    /// `acc + ` [`Simd::sum_bytes`] of `v`.
+    #[inline(always)]
+    fn add_byte_sums(self, acc: Self::I, v: Self::I) -> Self::I {
+        self.add_i(acc, self.sum_bytes(v))
+    }
     /// [`Simd::sum_bytes`] of `a` in the low halves of the lanes, of `b` in the high ones.
     #[inline(always)]
     fn sum_byte_pairs(self, a: Self::I, b: Self::I) -> Self::I {
@@ -190,6 +195,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `acc + sum of two i16 x i16 products` per lane, modulo 2^32; the two i16 of `x` are the same for all lanes. Not
     /// all four of a lane and `x` may be -2^15.
     fn dot2(self, acc: Self::I, pairs: Self::I, x: i32) -> Self::I;
+    /// `acc + x * ` [`Simd::sum_bytes`] of `v` per lane, modulo 2^32; both halves of `x` are the same i16.
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, v: Self::I, x: i32) -> Self::I {
+        self.dot2(acc, self.sum_bytes(v), x)
+    }
     /// Rounds to binary16, to nearest even, and widens again.
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Lanes l and `l + STRIDE` become their sum and their difference; `STRIDE` is 1, 2, 4 or 8.
