@@ -17,6 +17,8 @@ use marlin_ops::{Device, HostTensor, Linear, LinearOps, OpError, Result, Tensor,
 type Shape = [usize; 2];
 
 const SHAPE: Shape = [3072, 1024];
+/// Sizes are whole blocks of all formats.
+const MULTIPLE: usize = 256;
 /// Weights are taken in turn, so that none is in a cache when its turn comes.
 const ROTATED_BYTES: usize = 1 << 28;
 
@@ -112,7 +114,10 @@ fn measure(cpu: &Cpu, name: &str, weight: &Weight) -> Result<()> {
 /// `NxK`.
 fn parse_shape(text: &str) -> Result<Shape> {
     let sizes = text.split_once('x').and_then(|(n, k)| Some([n.parse().ok()?, k.parse().ok()?]));
-    sizes.ok_or_else(|| OpError::value("gemv", "--shape", format!("is {text:?}, expected NxK")))
+    let valid = sizes.filter(|shape: &Shape| shape.iter().all(|&size| size > 0 && size.is_multiple_of(MULTIPLE)));
+    valid.ok_or_else(|| {
+        OpError::value("gemv", "--shape", format!("is {text:?}, expected NxK, both multiples of {MULTIPLE}"))
+    })
 }
 
 fn main() -> Result<()> {

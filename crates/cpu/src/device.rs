@@ -45,8 +45,6 @@ pub struct CpuOptions {
 pub struct Cpu {
     pub(crate) pool: Pool,
     pub(crate) level: Level,
-    /// [`Level::sums_bytes_by_products`], which takes long to find out.
-    pub(crate) sums_bytes_by_products: bool,
     pub(crate) workspace: Workspace,
     pub(crate) arena: Arena,
     profiler: Profiler,
@@ -64,11 +62,9 @@ impl Cpu {
             Isa::Auto => isa_from_environment()?,
             isa => isa,
         };
-        let level = level(isa)?;
         Ok(Self {
             pool: Pool::new(options.threads)?,
-            level,
-            sums_bytes_by_products: level.sums_bytes_by_products(),
+            level: level(isa)?,
             workspace: Workspace::default(),
             arena: Arena::default(),
             profiler: Profiler::default(),

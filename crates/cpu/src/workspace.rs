@@ -81,8 +81,9 @@ pub(crate) struct Workspace {
     pub(crate) codes: Shelf<Line<u32>>,
     /// Quantized activations.
     pub(crate) blocks: Shelf<ActivationBlock>,
-    /// Rotated and quantized activations; some of their codes twice.
+    /// Rotated and quantized activations.
     pub(crate) rotated: Shelf<RotatedBlock>,
+    /// Every second pair of their codes, each code twice.
     pub(crate) doubled: Shelf<DoubledCodes>,
     /// Index lists.
     pub(crate) indices: Shelf<u32>,

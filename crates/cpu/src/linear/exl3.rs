@@ -17,7 +17,7 @@ use crate::simd::trellis::{PAIRS, TrellisRow};
 use crate::simd::{Kernel, LANES, Line, Simd};
 use crate::workspace::Scratch;
 pub(super) use codes::CODE_PANEL;
-use codes::{CodeSpan, quantize};
+use codes::{CodeSpan, MOST_BITS_BY_PRODUCTS, quantize};
 pub(crate) use codes::{DoubledCodes, RotatedBlock};
 use floats::FloatSpan;
 
@@ -27,6 +27,7 @@ const NORM: f32 = 0.088_388_346;
 const STEP: f32 = 1774.0 / 262_144.0;
 /// `1534 a + c`, the value of byte sum 510; c is the f16 with bits 0xC931.
 const MIDDLE: f32 = -476.0 / 262_144.0;
+
 /// Rotated rows in the form that a weight takes.
 pub(super) enum Rotated<'a> {
     Floats(Scratch<'a, f32>),
@@ -84,7 +85,8 @@ impl Cpu {
             self.pool.for_chunks(&mut blocks, grain * per_row, |i, out| {
                 self.level.run(RotateRows { x: rows(i), scales: &q.suh, out: Out::Codes(out) });
             });
-            let doubled = (count == 1 && self.sums_bytes_by_products).then(|| {
+            let by_products = q.bits <= MOST_BITS_BY_PRODUCTS && self.level.sums_bytes_by_products();
+            let doubled = (count == 1 && by_products).then(|| {
                 let mut doubled = self.workspace.doubled.take(per_row);
                 doubled.iter_mut().zip(&*blocks).for_each(|(doubled, block)| *doubled = DoubledCodes::of(block));
                 doubled
@@ -282,7 +284,7 @@ macro_rules! for_pairs {
 }
 const _: () = assert!(PAIRS == 8);
 
-// After the macros that it uses.
+// After the macros that they use.
 mod codes;
 mod floats;
 

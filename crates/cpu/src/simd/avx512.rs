@@ -28,11 +28,10 @@ impl Avx512 {
     }
 
     /// Whether the sum of a lane's bytes takes fewer cycles as a product with ones than by `vdbpsadbw`, which is two
-    /// operations on AMD's processors. On Intel's it is one, on a port that has little else to do.
+    /// operations on AMD's Zen 5. Only AMD's processors have SSE4a; others keep `vdbpsadbw`.
+    #[inline]
     pub(crate) fn sums_bytes_by_products(self) -> bool {
-        let vendor = __cpuid(0);
-        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
-        name.as_flattened() == b"AuthenticAMD"
+        is_x86_feature_detected!("sse4a")
     }
 
     /// Proof that the machine has the features that [`Avx512::run`] enables; [`Avx512::with_vbmi`], the only other way to
