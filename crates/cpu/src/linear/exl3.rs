@@ -23,10 +23,6 @@ use floats::FloatSpan;
 
 /// Factor of an orthonormal transform.
 const NORM: f32 = 0.088_388_346;
-/// `a`: the f16 with bits 0x1EEE.
-const STEP: f32 = 1774.0 / 262_144.0;
-/// `1534 a + c`, the value of byte sum 510; c is the f16 with bits 0xC931.
-const MIDDLE: f32 = -476.0 / 262_144.0;
 
 /// Rotated rows in the form that a weight takes.
 pub(super) enum Rotated<'a> {
@@ -321,7 +317,7 @@ impl<const BITS: usize> Kernel for ByteSums<'_, BITS> {
                 for (state, line) in s.trellis_states(tile, pair).into_iter().zip(&mut lines[2 * pair..]) {
                     let u = s.add_i(s.sum_bytes(s.mul_i(state, multiplier)), s.splat_i(-510));
                     // The product is exact, so this rounds as the sum of the definition does.
-                    let value = s.fma(s.to_f32(u), s.splat(STEP), s.splat(MIDDLE));
+                    let value = s.fma(s.to_f32(u), s.splat(Codebook::MUL1_STEP), s.splat(Codebook::MUL1_MIDDLE));
                     s.store(s.round_f16(value), &mut line.0);
                 }
             });
@@ -417,7 +413,7 @@ mod tests {
             let value = match codebook {
                 Codebook::Mul1 => {
                     let u = s.add_i(s.sum_bytes(product), s.splat_i(-510));
-                    s.fma(s.to_f32(u), s.splat(STEP), s.splat(MIDDLE))
+                    s.fma(s.to_f32(u), s.splat(Codebook::MUL1_STEP), s.splat(Codebook::MUL1_MIDDLE))
                 }
                 _ => {
                     let x = s.add_i(product, s.splat_i(codebook.increment() as i32));

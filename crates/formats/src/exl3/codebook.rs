@@ -74,6 +74,12 @@ impl Codebook {
         }
     }
 
+    /// What 1 in the sum of bytes adds to a value of [`Codebook::Mul1`] before it is rounded: the f16 with bits 0x1EEE.
+    pub const MUL1_STEP: f32 = 1774.0 / 262_144.0;
+
+    /// The value of byte sum 510, that of the middle, before it is rounded: 1534 steps and the f16 with bits 0xC931.
+    pub const MUL1_MIDDLE: f32 = -476.0 / 262_144.0;
+
     /// The value of [`Codebook::Mul1`] for a sum of four bytes (0 to 1020): a fused multiply-add in f16.
     #[inline]
     pub fn mul1_value(sum: u16) -> f16 {

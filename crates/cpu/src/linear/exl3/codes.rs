@@ -3,7 +3,7 @@
 use marlin_formats::exl3::{Codebook, HADAMARD};
 
 use super::super::Rows;
-use super::{BLOCK_TILES, MIDDLE, STEP, fetch_ahead, rotate_back};
+use super::{BLOCK_TILES, fetch_ahead, rotate_back};
 use crate::layout::exl3::{Exl3, SPAN};
 use crate::simd::trellis::{PAIRS, TrellisRow};
 use crate::simd::{Kernel, LANES, Line, Simd};
@@ -90,8 +90,8 @@ pub(super) fn quantize<S: Simd>(s: S, mut v: [S::F; SPAN]) -> RotatedBlock {
     let sum = s.reduce_add(s.to_f32(sums));
     let mut block = RotatedBlock {
         start: -510 * sum as i32,
-        scale: largest / MOST * STEP * unit,
-        rest: largest / MOST * MIDDLE * sum * unit,
+        scale: largest / MOST * Codebook::MUL1_STEP * unit,
+        rest: largest / MOST * Codebook::MUL1_MIDDLE * sum * unit,
         ..RotatedBlock::default()
     };
     for (pair, codes) in block.pairs.iter_mut().zip(codes.as_flattened().as_chunks::<2>().0) {

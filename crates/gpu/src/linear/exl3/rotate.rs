@@ -24,6 +24,9 @@ pub(crate) const BLOCKS: usize = UNITS as usize / LANES;
 /// Slices whose sums [`rotate_output`] loads at once.
 const SLICES_AT_ONCE: usize = 8;
 
+/// Most transforms whose slices are shared by all planes of a cube: more keep the device busy without.
+const SHARED_TRANSFORMS: usize = 512;
+
 /// 1 / sqrt(128).
 pub(crate) const NORM: f32 = 0.088_388_347_648;
 
@@ -225,7 +228,9 @@ struct OutputConfig {
     planes: bool,
     /// Rows have factors.
     factors: bool,
-    /// Slices beside the first and whole groups of [`SLICES_AT_ONCE`].
+    /// Planes that share the slices of a transform: 1 or [`BLOCKS`].
+    shares: usize,
+    /// Slices of a plane beside the first and whole groups of [`SLICES_AT_ONCE`].
     rest: usize,
 }
 
@@ -252,7 +257,8 @@ fn add_slices(
 }
 
 /// `out [rows, n]` of the sum over slices of `partials [slices, rows, 128 blocks]`, times the factor of its row if it has one,
-/// as [`finish`] defines it after the rotation.
+/// as [`finish`] defines it after the rotation. Of the slices that planes share, each has `groups` and the rest, and the
+/// first `extra` planes one more.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rotate_output<H: Numeric, O: Numeric>(
@@ -266,13 +272,16 @@ fn rotate_output<H: Numeric, O: Numeric>(
     n: u32,
     blocks: u32,
     groups: u32,
+    extra: u32,
     flags: u32,
     out_scale: f32,
     #[comptime] c: OutputConfig,
     #[define(H, O)] _elements: [ElemType; 2],
 ) {
     let (rows, n, blocks) = (rows as usize, n as usize, blocks as usize);
-    let at = CUBE_POS * BLOCKS + UNIT_POS as usize / LANES;
+    let plane = UNIT_POS as usize / LANES;
+    let share = plane % comptime!(c.shares);
+    let at = CUBE_POS * comptime!(BLOCKS / c.shares) + plane / comptime!(c.shares);
     let lane = UNIT_POS as usize % LANES;
     let row = at / blocks;
     let known = row < rows;
@@ -288,15 +297,28 @@ fn rotate_output<H: Numeric, O: Numeric>(
         // svh has all of N padded.
         scales[i] = f32::cast_from(svh[first_column + i]);
     }
-    let mut quad = partials[from];
-    // After the first slice come whole groups, then the rest.
     let slice_len = rows * blocks * LANES;
-    let mut next = from + slice_len;
-    for _group in 0..groups as usize {
-        quad = add_slices(partials, quad, next, slice_len, SLICES_AT_ONCE);
-        next += slice_len * SLICES_AT_ONCE;
+    let hop = slice_len * comptime!(c.shares);
+    let mut next = from + share * slice_len;
+    let mut quad = Vector::<f32, Const<4>>::new(0.0);
+    if share < extra as usize {
+        quad = partials[next];
+        next += hop;
     }
-    quad = add_slices(partials, quad, next, slice_len, c.rest);
+    for _group in 0..groups as usize {
+        quad = add_slices(partials, quad, next, hop, SLICES_AT_ONCE);
+        next += hop * SLICES_AT_ONCE;
+    }
+    quad = add_slices(partials, quad, next, hop, c.rest);
+    if comptime!(c.shares > 1) {
+        let mut sums = Shared::<[Vector<f32, Const<4>>]>::new_slice(UNITS as usize);
+        sums[UNIT_POS as usize] = quad;
+        sync_cube();
+        #[unroll]
+        for i in 1..comptime!(c.shares) {
+            quad += sums[(UNIT_POS as usize + comptime!(i * LANES)) % UNITS as usize];
+        }
+    }
     let mut values = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
@@ -306,7 +328,7 @@ fn rotate_output<H: Numeric, O: Numeric>(
     #[unroll]
     for i in 0..4usize {
         let column = first_column + i;
-        if known && column < n {
+        if known && share == 0usize && column < n {
             let value = values[i] * factor * scales[i];
             let at = row * n + column;
             finish::<H, O>(value, value, bias, bias, residual, out, at, column, flags, out_scale, c.epilogue);
@@ -364,15 +386,20 @@ pub(super) fn output<R: Runtime>(
 ) {
     let (m, n) = (product.x.rows(), product.weight.out_features);
     let blocks = product.weight.padded_out() / HADAMARD;
-    let (planes, factors, rest) = (has_planes(gpu), row_factors.is_some(), (slices - 1) % SLICES_AT_ONCE);
-    let config = OutputConfig { epilogue: product.epilogue(), planes, factors, rest };
+    let (planes, factors) = (has_planes(gpu), row_factors.is_some());
+    let shares = if planes && slices > 1 && m * blocks <= SHARED_TRANSFORMS { BLOCKS } else { 1 };
+    // One that all planes have makes the loop's sum start with it.
+    let extra = if shares == 1 { 1 } else { slices % shares };
+    let each = (slices - extra) / shares;
+    let (groups, rest) = (each / SLICES_AT_ONCE, each % SLICES_AT_ONCE);
+    let config = OutputConfig { epilogue: product.epilogue(), planes, factors, shares, rest };
     let [_, _, _, h, o] = product.elements();
     // SAFETY: `partials` hold a vector for each lane of m rows of blocks and slice, the factors m, svh N
     // padded, out m rows of n; the kernel compares rows and columns with m and n.
     unsafe {
         rotate_output::launch_unchecked::<R>(
             gpu.client(),
-            cubes((m * blocks).div_ceil(BLOCKS)),
+            cubes((m * blocks).div_ceil(BLOCKS / shares)),
             units(),
             partials.buffer().arg(partials.elements() / 4),
             row_factors.map_or_else(|| gpu.unread(), |factors| factors.arg(m)),
@@ -383,7 +410,8 @@ pub(super) fn output<R: Runtime>(
             m as u32,
             n as u32,
             blocks as u32,
-            ((slices - 1) / SLICES_AT_ONCE) as u32,
+            groups as u32,
+            extra as u32,
             product.flags(),
             product.out_scale,
             config,

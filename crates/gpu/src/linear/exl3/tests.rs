@@ -260,6 +260,32 @@ fn rows_of_f32_keep_their_precision() {
     }
 }
 
+/// f16 rows of different sizes that are multiplied together do not change each other, nor does what is not finite.
+#[test]
+fn rows_of_f16_are_apart() {
+    let (gpu, oracle) = (gpu(), Oracle::new());
+    for (bits, n, k) in [(3, 130, 1000), (7, 256, 512)] {
+        let host = Weight::exl3(matrix(Codebook::Mul1, bits, n, k, 61)).unwrap();
+        for (first, second) in [(1e-4, 6e4), (1.0, 1.0), (3e4, 1e-3)] {
+            let mut x = values(2 * k, 9);
+            let (a, b) = x.split_at_mut(k);
+            a.iter_mut().for_each(|v| *v *= first);
+            b.iter_mut().for_each(|v| *v *= second);
+            let what = format!("{bits} bits, {first} and {second}");
+            let expected = plain(&oracle, &host, DType::F16, &x);
+            crate::test_values::assert_rows(&what, &plain(&gpu, &host, DType::F16, &x), &expected, n, 6e-4);
+            for (value, row) in [(f32::NAN, 0), (f32::NEG_INFINITY, 1)] {
+                let mut x = x.clone();
+                x[row * k + k - 1] = value;
+                let found = plain(&gpu, &host, DType::F16, &x);
+                let (bad, good) = (&found[row * n..][..n], &found[(1 - row) * n..][..n]);
+                assert!(bad.iter().all(|v| !v.is_finite()), "{what}, {value} in row {row}: {bad:?}");
+                crate::test_values::assert_rows(&what, good, &expected[(1 - row) * n..][..n], n, 6e-4);
+            }
+        }
+    }
+}
+
 /// `|dy[n]| <= 2.5e-3 |svh[n]| rms(z)`, z over the 128 outputs of n.
 #[test]
 fn errors_are_those_of_the_format() {

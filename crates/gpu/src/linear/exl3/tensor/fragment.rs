@@ -19,6 +19,10 @@ use crate::decode::exl3::{CHANGED, KEPT, product};
 /// hold all states whole.
 const STARTS: [&[usize]; 8] = [&[0], &[0], &[0, 5], &[0, 12], &[0, 32], &[0, 32], &[0, 32, 64], &[0, 32, 64]];
 
+/// Positions whose states are moved down and masked: two of eight, so that the pipe of products and that of shifts and logic
+/// have about as much to do.
+const MASKED: [usize; 2] = [2, 5];
+
 impl Trellis {
     /// Consecutive words that a lane reads, cyclically.
     pub(super) const fn lane_words(self) -> usize {
@@ -63,7 +67,7 @@ pub(super) struct Constants {
     /// [`crate::decode::exl3::KEPT`].
     kept: u32,
     /// The factors that move the states of positions 1 to 7 to the upper half of their registers; 0 where they are there,
-    /// or lie in two registers or in the lower half.
+    /// lie in two registers or in the lower half, or are masked.
     power1: u32,
     power2: u32,
     power3: u32,
@@ -79,7 +83,7 @@ impl Trellis {
         let [p1, p2, p3, p4, p5, p6, p7] = std::array::from_fn(|i| {
             let (register, whole) = self.register(i + 1);
             let up = (i + 1) * self.bits - self.starts()[register];
-            if whole && up > 0 && up < 16 { 1 << up } else { 0 }
+            if whole && up > 0 && up < 16 && !MASKED.contains(&(i + 1)) { 1 << up } else { 0 }
         });
         ConstantsLaunch::new(KEPT, p1, p2, p3, p4, p5, p6, p7)
     }
@@ -131,6 +135,24 @@ pub(super) fn decode_lane(
     #[comptime] first: usize,
     #[comptime] t: Trellis,
 ) -> Array<Vector<f16, Const<2>>> {
+    let aligned = align(words, lane, first, t);
+    let mut out = Array::<Vector<f16, Const<2>>>::new(4usize);
+    #[unroll]
+    for pair in 0..2usize {
+        let columns = if comptime!(t.codebook == Codebook::Mul1) {
+            byte_sums(&aligned, lane, pair, t)
+        } else {
+            half_sums(&aligned, lane, pair, t)
+        };
+        out[comptime!(2 * pair)] = columns[0];
+        out[comptime!(2 * pair + 1)] = columns[1];
+    }
+    out
+}
+
+/// The registers that a lane's stream is moved to; its words are those from `first` on.
+#[cube]
+pub(super) fn align(words: &Array<u32>, lane: &Lane, #[comptime] first: usize, #[comptime] t: Trellis) -> Array<u32> {
     let mut aligned = Array::<u32>::new(comptime!(t.starts().len()));
     #[unroll]
     for i in 0..comptime!(t.starts().len()) {
@@ -146,26 +168,20 @@ pub(super) fn decode_lane(
         };
         aligned[i] = u32::cast_from((high | low) >> u64::cast_from(down));
     }
-    let mut out = Array::<Vector<f16, Const<2>>>::new(4usize);
+    aligned
+}
+
+/// The products of four states of a lane: rows 0 and 1 from the lane's, or 8 and 9 in the second pair, each of column 0,
+/// then of column 8. The order is that of the registers of a product's operand with a register for each.
+#[cube]
+fn pair_products(aligned: &Array<u32>, lane: &Lane, #[comptime] pair: usize, #[comptime] t: Trellis) -> Array<u32> {
+    let mut products = Array::<u32>::new(4usize);
     #[unroll]
-    for pair in 0..2usize {
-        // Rows 0 and 1, or 8 and 9, from the lane's: of column 0, then of column 8. These are neighbouring registers of the
-        // product's operand, and of what tensor cores write.
-        let mut products = Array::<u32>::new(4usize);
-        #[unroll]
-        for i in 0..4usize {
-            let j = comptime!(2 * pair + i % 2 + i / 2 * 4);
-            products[i] = product(lane_state(&aligned, lane, j, t), t.codebook);
-        }
-        let columns = if comptime!(t.codebook == Codebook::Mul1) {
-            byte_sums(&products, lane)
-        } else {
-            half_sums(&products, lane)
-        };
-        out[comptime!(2 * pair)] = columns[0];
-        out[comptime!(2 * pair + 1)] = columns[1];
+    for i in 0..4usize {
+        let j = comptime!(2 * pair + i / 2 + i % 2 * 4);
+        products[i] = product(lane_state(aligned, lane, j, t), t.codebook);
     }
-    out
+    products
 }
 
 /// The state of position `j` of a lane.
@@ -177,6 +193,8 @@ fn lane_state(aligned: &Array<u32>, lane: &Lane, #[comptime] j: usize, #[comptim
         aligned[register] & 0xffffu32
     } else if comptime!(whole && up == 0) {
         aligned[register] >> 16u32
+    } else if comptime!(whole && MASKED.contains(&j)) {
+        (aligned[register] >> comptime!(16 - up)) & 0xffffu32
     } else if comptime!(whole) {
         (aligned[register] * lane.powers[comptime!(j - 1)]) >> 16u32
     } else {
@@ -184,16 +202,21 @@ fn lane_state(aligned: &Array<u32>, lane: &Lane, #[comptime] j: usize, #[comptim
     }
 }
 
-/// Pairs of values of [`Codebook::ThreeInst`] or [`Codebook::Mcg`] from the products of their states.
+/// Pairs of values of [`Codebook::ThreeInst`] or [`Codebook::Mcg`].
 #[cube]
-fn half_sums(products: &Array<u32>, lane: &Lane) -> Array<Vector<f16, Const<2>>> {
+fn half_sums(
+    aligned: &Array<u32>,
+    lane: &Lane,
+    #[comptime] pair: usize,
+    #[comptime] t: Trellis,
+) -> Array<Vector<f16, Const<2>>> {
     let mma = MmaDefinition::<f16, f16, f16>::new(16usize, 8usize, 16usize);
+    let products = pair_products(aligned, lane, pair, t);
     let mut halves = Array::<Vector<f16, Const<2>>>::new(4usize);
     #[unroll]
     for i in 0..4usize {
         // The first and third register give the first pair.
-        let from = comptime!(i % 2 * 2 + i / 2);
-        halves[i] = Vector::<f16, Const<2>>::reinterpret((products[from] & lane.kept) ^ CHANGED);
+        halves[i] = Vector::<f16, Const<2>>::reinterpret((products[i] & lane.kept) ^ CHANGED);
     }
     let mut ones = Array::<Vector<f16, Const<2>>>::new(2usize);
     ones[0] = Vector::<f16, Const<2>>::reinterpret(lane.selector.extract(0usize));
@@ -205,15 +228,33 @@ fn half_sums(products: &Array<u32>, lane: &Lane) -> Array<Vector<f16, Const<2>>>
     mma.execute(&halves, &ones, &zero)
 }
 
-/// Pairs of values of [`Codebook::Mul1`] from the products of their states.
+/// The bytes of four states of [`Codebook::Mul1`], as registers of the 16-row operand of `m16n8k32`.
 #[cube]
-fn byte_sums(products: &Array<u32>, lane: &Lane) -> Array<Vector<f16, Const<2>>> {
-    let mma = MmaDefinition::<u8, u8, i32>::new(16usize, 8usize, 32usize);
+pub(super) fn lane_bytes(
+    aligned: &Array<u32>,
+    lane: &Lane,
+    #[comptime] pair: usize,
+    #[comptime] t: Trellis,
+) -> Array<Vector<u8, Const<4>>> {
+    let products = pair_products(aligned, lane, pair, t);
     let mut bytes = Array::<Vector<u8, Const<4>>>::new(4usize);
     #[unroll]
     for i in 0..4usize {
-        bytes[i] = Vector::<u8, Const<4>>::reinterpret(products[comptime!(i % 2 * 2 + i / 2)]);
+        bytes[i] = Vector::<u8, Const<4>>::reinterpret(products[i]);
     }
+    bytes
+}
+
+/// Pairs of values of [`Codebook::Mul1`].
+#[cube]
+fn byte_sums(
+    aligned: &Array<u32>,
+    lane: &Lane,
+    #[comptime] pair: usize,
+    #[comptime] t: Trellis,
+) -> Array<Vector<f16, Const<2>>> {
+    let mma = MmaDefinition::<u8, u8, i32>::new(16usize, 8usize, 32usize);
+    let bytes = lane_bytes(aligned, lane, pair, t);
     let mut ones = Array::<Vector<u8, Const<4>>>::new(2usize);
     ones[0] = Vector::<u8, Const<4>>::reinterpret(lane.selector.extract(0usize));
     ones[1] = Vector::<u8, Const<4>>::reinterpret(lane.selector.extract(1usize));

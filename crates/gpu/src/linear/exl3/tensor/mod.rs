@@ -1,6 +1,7 @@
 //! Products of rotated rows with tiles on tensor cores whose fragments are known (`m16n8k16` of planes of 32), with f32 sums.
-//! Rows are f16, or sums of two f16 ([`parts`]).
+//! Rows are f16, or sums of two f16 ([`parts`]); one or two rows may be whole numbers of three [`bytes`].
 
+mod bytes;
 pub(super) mod experts;
 mod fragment;
 mod parts;
@@ -61,18 +62,24 @@ fn operands<R: Runtime>(
 
 /// Whether the device multiplies such fragments.
 pub(crate) fn available<R: Runtime>(gpu: &Gpu<R>) -> bool {
-    let config = |ab: ElemType, cd: ElemType, k: u32| MmaConfig {
-        a_type: ab.into(),
-        b_type: ab.into(),
+    let config = |a: ElemType, b: ElemType, cd: ElemType, k: u32| MmaConfig {
+        a_type: a.into(),
+        b_type: b.into(),
         cd_type: cd.into(),
         m: 16,
         n: 8,
         k,
     };
-    let products = config(ElemType::Float(FloatKind::F16), ElemType::Float(FloatKind::F32), 16);
-    let sums = config(ElemType::UInt(UIntKind::U8), ElemType::Int(IntKind::I32), 32);
+    let half = ElemType::Float(FloatKind::F16);
+    let (byte, signed) = (ElemType::UInt(UIntKind::U8), ElemType::Int(IntKind::I8));
+    let sum = ElemType::Int(IntKind::I32);
+    let configs = [
+        config(half, half, ElemType::Float(FloatKind::F32), 16),
+        config(byte, byte, sum, 32),
+        config(byte, signed, sum, 32),
+    ];
     let known = &gpu.properties().features.matmul.mma;
-    rotate::has_planes(gpu) && known.contains(&products) && known.contains(&sums)
+    rotate::has_planes(gpu) && configs.iter().all(|config| known.contains(config))
 }
 
 /// Checks that the device has so much shared memory.

@@ -13,17 +13,17 @@ use crate::linear::exl3::rotate::{Channels, LANES, first_channel, high_words, lo
 use crate::reduce::{cube_max, max_of};
 use crate::{Buffer, Gpu};
 
-/// Biased exponents of a row's largest value and of its power of two add up to this: a value of [1, 2) becomes one of
-/// [2^14, 2^15), where f16 ends just below 2^16.
-const EXPONENTS: u32 = 2 * 127 + 14;
+/// The exponent of a row's largest value times its power of two: f16 ends just below 2^16.
+pub(super) const TOP: u32 = 14;
 
 /// The largest exponent of a power that has an inverse.
 const MOST: u32 = 253;
 
-/// The power of two for a row whose largest value this is.
+/// The power of two for a row whose largest value this is, which it moves to `[2^top, 2^(top + 1))`.
 #[cube]
-pub(super) fn power(largest: f32) -> f32 {
-    let exponent = comptime!(EXPONENTS) - (u32::reinterpret(largest) >> 23u32);
+pub(super) fn power(largest: f32, #[comptime] top: u32) -> f32 {
+    // Biased exponents of the two.
+    let exponent = comptime!(2 * 127 + top) - (u32::reinterpret(largest) >> 23u32);
     f32::reinterpret(select(exponent < comptime!(MOST), exponent, MOST.runtime()) << 23u32)
 }
 
@@ -61,7 +61,7 @@ fn split_rows(
             }
             first += comptime!(AT_ONCE * UNITS as usize);
         }
-        let power = power(cube_max(largest, UNITS as usize));
+        let power = power(cube_max(largest, UNITS as usize), TOP);
         if UNIT_POS == 0 {
             inverses[row] = inverse(power);
         }

@@ -1,6 +1,6 @@
 //! Products of few rotated rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
 //! eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where one or two of
-//! them are also rotated.
+//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where it is precise enough.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::{ElemType, UIntKind};
@@ -12,7 +12,7 @@ use marlin_ops::{Result, Tensor};
 
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
 use super::parts::{inverse, power};
-use super::{check_shared, operands, parts_of};
+use super::{bytes, check_shared, operands, parts, parts_of};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, high_words, low_words, transform};
@@ -23,25 +23,25 @@ use crate::reduce::{cube_max, max_of};
 use crate::{Buffer, Gpu};
 
 /// Tile rows of a Hadamard block.
-const BLOCK_ROWS: usize = HADAMARD / SIDE;
+pub(super) const BLOCK_ROWS: usize = HADAMARD / SIDE;
 
 /// Rows that are rotated where they are multiplied: more would be rotated too often.
-const ROTATED_ROWS: usize = 2;
+pub(super) const ROTATED_ROWS: usize = 2;
 
 /// Most rows: those of a product.
 pub(in crate::linear::exl3) const MOST_ROWS: usize = 8;
 
 /// Neighbouring tiles of a plane, and of a cube.
-const TILES: usize = 8;
+pub(super) const TILES: usize = 8;
 
 /// Most tile rows of a slice.
 const MOST_STAGED: usize = 64;
 
 /// Columns of a cube.
-const WIDTH: usize = TILES * SIDE;
+pub(super) const WIDTH: usize = TILES * SIDE;
 
 /// Pairs of sums that a lane holds: [tile, half of the tile's columns].
-const SUMS: usize = 2 * TILES;
+pub(super) const SUMS: usize = 2 * TILES;
 
 /// What the kernel is compiled for.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -290,10 +290,12 @@ fn stage_rows<X: Numeric, G: Numeric>(
     let mut task = UNIT_POS_Y as usize;
     let blocks = (end - begin) / BLOCK_ROWS;
     while task < blocks * comptime!(c.rows) {
-        let (row, block) = (task / blocks, task % blocks);
+        let (row, block) = (task % comptime!(c.rows), task / comptime!(c.rows));
         if comptime!(c.raw.is_some()) {
             let first = (begin + block * BLOCK_ROWS) * SIDE;
-            let values = rotate_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, c);
+            let input = comptime!(c.raw.unwrap());
+            let mut values = load_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, input);
+            transform(&mut values, true);
             stage_raw(&values, stage, &mut largest, row, block, c);
         } else {
             let first = begin + block * BLOCK_ROWS;
@@ -307,10 +309,10 @@ fn stage_rows<X: Numeric, G: Numeric>(
     largest
 }
 
-/// A lane's values of a block of a row, rotated; the block's features are those from `first` on.
+/// A lane's values of a block of a row, to be rotated; the block's features are those from `first` on.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn rotate_raw<X: Numeric, G: Numeric>(
+pub(super) fn load_raw<X: Numeric, G: Numeric>(
     x: &[X],
     gamma: &[G],
     row_factors: &[f32],
@@ -320,9 +322,8 @@ fn rotate_raw<X: Numeric, G: Numeric>(
     m: usize,
     k: usize,
     gamma_offset: f32,
-    #[comptime] c: RowsConfig,
+    #[comptime] input: Input,
 ) -> Array<f32> {
-    let input = comptime!(c.raw.unwrap());
     let first = first + first_channel(UNIT_POS_X as usize, Channels::Fragment);
     let mut factor = f32::new(NORM);
     if comptime!(input.gamma.is_some()) {
@@ -338,7 +339,6 @@ fn rotate_raw<X: Numeric, G: Numeric>(
         // suh has all of K padded.
         values[i] = select(inside, value * f32::cast_from(suh[feature]) * factor, f32::new(0.0));
     }
-    transform(&mut values, true);
     values
 }
 
@@ -386,12 +386,12 @@ fn split_staged(
     let mut powers = Array::<f32>::new(comptime!(c.rows));
     #[unroll]
     for r in 0..comptime!(c.rows) {
-        powers[r] = power(cube_max(largest[r], comptime!(LANES * c.planes)));
+        powers[r] = power(cube_max(largest[r], comptime!(LANES * c.planes)), parts::TOP);
         largest[r] = inverse(powers[r]);
     }
     let mut task = UNIT_POS_Y as usize;
     while task < blocks * comptime!(c.rows) {
-        let (row, block) = (task / blocks, task % blocks);
+        let (row, block) = (task % comptime!(c.rows), task / comptime!(c.rows));
         let mut factor = powers[0];
         #[unroll]
         for r in 1..comptime!(c.rows) {
@@ -560,6 +560,9 @@ pub(super) fn launch<R: Runtime>(
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
+    if bytes::takes(product, trellis) {
+        return bytes::launch(gpu, product, trellis, factors);
+    }
     let plan = Plan::new(gpu, product, trellis);
     let dims = [plan.slices, product.x.rows(), product.weight.padded_out()];
     let partials = gpu.scratch(product.operation, DType::F32, &dims)?;
