@@ -17,6 +17,15 @@ impl Codebook {
     /// All codebooks.
     pub const ALL: [Self; 3] = [Self::ThreeInst, Self::Mcg, Self::Mul1];
 
+    /// What 1 in the sum of bytes adds to a value of [`Codebook::Mul1`] before it is rounded: the f16 with bits 0x1EEE.
+    pub const MUL1_STEP: f32 = 1774.0 / 262_144.0;
+
+    /// What is added to 1024 and the sum of bytes in steps: the f16 with bits 0xC931.
+    pub const MUL1_OFFSET: f32 = -10.382_812_5;
+
+    /// The value of byte sum 510, that of the middle, before it is rounded.
+    pub const MUL1_MIDDLE: f32 = 1534.0 * Self::MUL1_STEP + Self::MUL1_OFFSET;
+
     /// Standard deviation of the values over all states, to three digits.
     pub const fn deviation(self) -> f32 {
         match self {
@@ -74,19 +83,11 @@ impl Codebook {
         }
     }
 
-    /// What 1 in the sum of bytes adds to a value of [`Codebook::Mul1`] before it is rounded: the f16 with bits 0x1EEE.
-    pub const MUL1_STEP: f32 = 1774.0 / 262_144.0;
-
-    /// The value of byte sum 510, that of the middle, before it is rounded: 1534 steps and the f16 with bits 0xC931.
-    pub const MUL1_MIDDLE: f32 = -476.0 / 262_144.0;
-
     /// The value of [`Codebook::Mul1`] for a sum of four bytes (0 to 1020): a fused multiply-add in f16.
     #[inline]
     pub fn mul1_value(sum: u16) -> f16 {
-        let scale = f16::from_bits(0x1EEE).to_f32();
-        let offset = f16::from_bits(0xC931).to_f32();
-        // 1024 + sum and the scale have 11 bits each: the product is exact in f32, and so is its rounding to f16 once.
-        f16::from_f32((1024.0 + f32::from(sum)) * scale + offset)
+        // 1024 + sum and the step have 11 bits each: the product is exact in f32, and so is its rounding to f16 once.
+        f16::from_f32((1024.0 + f32::from(sum)) * Self::MUL1_STEP + Self::MUL1_OFFSET)
     }
 
     /// The values of all 65,536 states.

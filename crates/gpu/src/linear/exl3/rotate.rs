@@ -230,7 +230,7 @@ struct OutputConfig {
     factors: bool,
     /// Planes that share the slices of a transform: 1 or [`BLOCKS`].
     shares: usize,
-    /// Slices of a plane beside the first and whole groups of [`SLICES_AT_ONCE`].
+    /// Slices of a plane beside the extra one and whole groups of [`SLICES_AT_ONCE`].
     rest: usize,
 }
 
@@ -388,7 +388,7 @@ pub(super) fn output<R: Runtime>(
     let blocks = product.weight.padded_out() / HADAMARD;
     let (planes, factors) = (has_planes(gpu), row_factors.is_some());
     let shares = if planes && slices > 1 && m * blocks <= SHARED_TRANSFORMS { BLOCKS } else { 1 };
-    // One that all planes have makes the loop's sum start with it.
+    // Without shares the first slice starts the sum, as an extra one.
     let extra = if shares == 1 { 1 } else { slices % shares };
     let each = (slices - extra) / shares;
     let (groups, rest) = (each / SLICES_AT_ONCE, each % SLICES_AT_ONCE);

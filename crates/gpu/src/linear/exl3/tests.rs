@@ -21,7 +21,8 @@ fn gpu() -> crate::Vulkan {
     crate::vulkan(None).unwrap()
 }
 
-/// Error of a product relative to its norm: f16 rows after the rotation where there are tensor cores, f32 otherwise.
+/// Error of a product relative to its norm: f16 rows after the rotation, or values of mul1 that are not rounded, where there
+/// are tensor cores, f32 otherwise.
 fn bound<R: cubecl::Runtime>(gpu: &crate::Gpu<R>, kernel: Option<LinearKernel>, dtype: DType) -> f64 {
     let own = matches!(kernel, None | Some(LinearKernel::Trellis));
     let narrow = own && dtype == DType::F16 && super::tensor::available(gpu);

@@ -1,7 +1,8 @@
 //! One or two f16 rows with codebook mul1, whose values are linear in the sums of a state's four bytes but for their last
 //! rounding, to f16. The bytes go into products as they are, so that nothing decodes them further: each is multiplied with
 //! the same value of x, a whole number of 23 bits times a power of two of its row and Hadamard block, in three signed bytes.
-//! All sums are exact. Values that are not rounded lie within half an ulp of those that are, 1.4e-4 of a value in the mean.
+//! Sums over a block are exact. Values that are not rounded lie within half an ulp of those that are, 1.8e-4 of a value in the
+//! mean; x keeps all but 2^-22 of the largest value of its block.
 //!
 //! A fragment of `m16n8k32` has for each lane and register one state of its column of weights, and for the 8-column operand
 //! one byte of x four times. Its columns are `[row, digit]`, three digits and an unused place for each row. A plane rotates
@@ -18,7 +19,7 @@ use marlin_ops::Result;
 use super::check_shared;
 use super::fragment::{Constants, Lane, align, lane_bytes, lane_word, new_lane};
 use super::parts::{inverse, power};
-use super::rows::{BLOCK_ROWS, ROTATED_ROWS, SUMS, TILES, WIDTH, load_raw};
+use super::rows::{BLOCK_ROWS, SUMS, TILES, WIDTH, load_raw};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, LANES, transform};
@@ -35,11 +36,17 @@ const DIGITS: usize = 3;
 /// Columns of a row among the eight of the operand.
 const COLUMNS: usize = 4;
 
-/// Vectors of a block in shared memory by pair of values and digit; the last ones put digits into different banks.
+/// Most rows: those that have columns.
+const MOST_ROWS: usize = 8 / COLUMNS;
+
+/// Vectors of a block in shared memory by pair of values and digit; the last ones put digits of one row into different banks.
 const BLOCK_STRIDE: usize = 4 * BLOCK_ROWS + 4;
 
-/// The exponent of a row's largest value times its power of two: digits hold whole numbers up to 0x7f7f7f.
+/// The exponent of a block's largest value times its power of two: digits hold whole numbers up to 0x7f7f7f.
 const TOP: u32 = 21;
+
+// Sums over a block are f32 exactly.
+const _: () = assert!(HADAMARD * 4 * 255 * 128 < 1 << 24);
 
 /// What f32 add to round to whole numbers: 3 * 2^22.
 const ROUNDING: f32 = 12_582_912.0;
@@ -118,31 +125,7 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
             load_tile(words, &next, &mut loaded, tile, c.trellis);
         }
         let own = plane * comptime!(c.staged());
-        #[unroll]
-        for row in 0..comptime!(c.rows) {
-            let mut values = load_raw::<X, G>(
-                x,
-                gamma,
-                row_factors,
-                suh,
-                row,
-                block * HADAMARD,
-                comptime!(c.rows).runtime(),
-                k as usize,
-                gamma_offset,
-                c.input,
-            );
-            // The first value alone adds up over a transform.
-            let sum = values[0] * comptime!(HADAMARD as f32 * ZERO);
-            transform(&mut values, true);
-            let factor = stage_block(&values, &mut stage, own + row * BLOCK_STRIDE, c);
-            if unit == 0 {
-                let mut scale = Vector::<f32, Const<2>>::empty();
-                scale.insert(0usize, factor * Codebook::MUL1_STEP);
-                scale.insert(1usize, sum);
-                scales[plane * comptime!(c.rows) + row] = scale;
-            }
-        }
+        stage_rows::<X, G>(x, gamma, row_factors, suh, &mut stage, &mut scales, block, k as usize, gamma_offset, c);
         sync_plane();
         // The unused column has a digit again.
         let digit = select(unit / 4usize % COLUMNS < DIGITS, unit / 4usize % COLUMNS, 0usize);
@@ -169,6 +152,49 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
     }
     sync_cube();
     write_sums(&shared, &scales, partials, tile_columns as usize * SIDE, c);
+}
+
+/// Rotates a block of each row and puts it and its scales into the shared memory of the plane.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn stage_rows<X: Numeric, G: Numeric>(
+    x: &[X],
+    gamma: &[G],
+    row_factors: &[f32],
+    suh: &[f16],
+    stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    scales: &mut Shared<[Vector<f32, Const<2>>]>,
+    block: usize,
+    k: usize,
+    gamma_offset: f32,
+    #[comptime] c: BytesConfig,
+) {
+    let plane = UNIT_POS_Y as usize;
+    #[unroll]
+    for row in 0..comptime!(c.rows) {
+        let mut values = load_raw::<X, G>(
+            x,
+            gamma,
+            row_factors,
+            suh,
+            row,
+            block * HADAMARD,
+            comptime!(c.rows).runtime(),
+            k,
+            gamma_offset,
+            c.input,
+        );
+        // The first value alone adds up over a transform.
+        let sum = values[0] * comptime!(HADAMARD as f32 * ZERO);
+        transform(&mut values, true);
+        let factor = stage_block(&values, stage, plane * comptime!(c.staged()) + row * BLOCK_STRIDE, c);
+        if UNIT_POS_X == 0 {
+            let mut scale = Vector::<f32, Const<2>>::empty();
+            scale.insert(0usize, factor * Codebook::MUL1_STEP);
+            scale.insert(1usize, sum);
+            scales[plane * comptime!(c.rows) + row] = scale;
+        }
+    }
 }
 
 /// Loads a lane's words of a tile of the row whose first are `next`.
@@ -203,8 +229,8 @@ fn stage_block(
         largest = select(word > largest, word, largest);
     }
     #[unroll]
-    for stage in 0..5u32 {
-        let word = plane_shuffle_xor(largest, comptime!(1u32 << stage));
+    for bit in 0..5u32 {
+        let word = plane_shuffle_xor(largest, comptime!(1u32 << bit));
         largest = select(word > largest, word, largest);
     }
     let power = power(f32::reinterpret(largest), TOP);
@@ -316,7 +342,7 @@ fn write_sums(
 
 /// Whether the kernel takes the product, whose values of weights it does not round.
 pub(super) fn takes<R: Runtime>(product: &Product<'_, R>, trellis: Trellis) -> bool {
-    trellis.codebook == Codebook::Mul1 && product.x.dtype() == DType::F16 && product.x.rows() <= ROTATED_ROWS
+    trellis.codebook == Codebook::Mul1 && product.x.dtype() == DType::F16 && product.x.rows() <= MOST_ROWS
 }
 
 /// Enqueues the product with a trellis; `factors` are the row factors of its norm.
@@ -334,9 +360,9 @@ pub(super) fn launch<R: Runtime>(
     let partials = gpu.scratch(product.operation, DType::F32, &[slices, rows, n])?;
     let count = grid(gpu, product.operation, [n / WIDTH, slices, 1])?;
     let [x_element, gamma_element, ..] = product.elements();
-    // SAFETY: x holds the rows of k, suh K padded, gamma and the factors k and the rows where they are read, the words all
-    // tiles of the blocks, which are counted, and `partials` what it says; features are compared with k, and a cube has a
-    // unit for each of its columns.
+    // SAFETY: x holds the rows of k, gamma and the factors k and the rows where they are read; features are compared with k.
+    // suh and the words hold all blocks, with which planes compare theirs; N padded is a multiple of a cube's columns, so
+    // `partials` hold all sums.
     unsafe {
         multiply_bytes::launch_unchecked::<R>(
             gpu.client(),

@@ -4,7 +4,7 @@
 //!
 //! The states of a lane are windows of 16 bits in a stream of `7 bits + 16`. It is moved into whole registers first, by as
 //! many bits as the lane needs; from there on all places are known at compile time. What decodes a tile is bound by integer
-//! instructions: states are moved up by products with powers of two that the compiler does not know, and tensor cores also
+//! instructions: most states are moved up by products with powers of two that the compiler does not know, and tensor cores also
 //! make the sums of halves and of bytes.
 
 use cubecl::cmma::MmaDefinition;
@@ -267,10 +267,10 @@ fn byte_sums(
     #[unroll]
     for i in 0..2usize {
         let pair = u32::cast_from(sums[i].extract(1usize)) * 65_536u32 + u32::cast_from(sums[i].extract(0usize));
-        // A fused multiply-add: 0x1EEE and 0xC931.
+        // A fused multiply-add.
         out[i] = Vector::<f16, Const<2>>::reinterpret(pair)
-            * Vector::<f16, Const<2>>::new(f16::new(0.006_767_272_949_218_75))
-            + Vector::<f16, Const<2>>::new(f16::new(-10.382_812_5));
+            * Vector::<f16, Const<2>>::new(f16::new(Codebook::MUL1_STEP))
+            + Vector::<f16, Const<2>>::new(f16::new(Codebook::MUL1_OFFSET));
     }
     out
 }

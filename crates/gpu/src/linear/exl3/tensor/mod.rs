@@ -1,5 +1,5 @@
 //! Products of rotated rows with tiles on tensor cores whose fragments are known (`m16n8k16` of planes of 32), with f32 sums.
-//! Rows are f16, or sums of two f16 ([`parts`]); one or two rows may be whole numbers of three [`bytes`].
+//! Rows are f16, or sums of two f16 ([`parts`]). One or two rows may be whole numbers of three [`bytes`], with i32 sums.
 
 mod bytes;
 pub(super) mod experts;

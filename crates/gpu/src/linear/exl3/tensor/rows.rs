@@ -1,6 +1,6 @@
 //! Products of few rotated rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
 //! eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where one or two of
-//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where it is precise enough.
+//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where x is f16 and the codebook mul1.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::{ElemType, UIntKind};
@@ -26,7 +26,7 @@ use crate::{Buffer, Gpu};
 pub(super) const BLOCK_ROWS: usize = HADAMARD / SIDE;
 
 /// Rows that are rotated where they are multiplied: more would be rotated too often.
-pub(super) const ROTATED_ROWS: usize = 2;
+const ROTATED_ROWS: usize = 2;
 
 /// Most rows: those of a product.
 pub(in crate::linear::exl3) const MOST_ROWS: usize = 8;
