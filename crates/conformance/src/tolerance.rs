@@ -31,7 +31,7 @@ pub const GATED_MLP_ROUNDED: f64 = 8e-4;
 pub const EXL3: f64 = 2.5e-3;
 
 /// EXL3 with f32 outputs in the fast CPU mode, relF. Values of the codebook are not rounded to f16 there: they lie
-/// within half an ulp, 1.4e-4 of a value in the mean. Activations as i16 add 2.4e-5. The specification grants 6e-4.
+/// within half an ulp, in the mean 1.4e-4 where their RMS is 1. Activations as i16 add 2.4e-5. The specification grants 6e-4.
 pub const EXL3_FAST: f64 = 4e-4;
 
 /// relF of a product with EXL3 weights. Where nothing is rounded (codebook values are f16 exactly, rotations and sums

@@ -301,3 +301,76 @@ mod tests {
         }
     }
 }
+
+#[cfg(all(test, any(feature = "vulkan", feature = "cuda")))]
+mod device_tests {
+    use marlin_ops::{Device, HostTensor};
+
+    use super::*;
+    use crate::linear::exl3::rotate::LANES;
+    use crate::linear::exl3::tests::gpu;
+    use crate::test_values::random;
+
+    /// `out [lane, pair, register]` of a tile.
+    #[cube(launch_unchecked)]
+    fn products_of_lanes(words: &[u32], out: &mut [u32], constants: Constants, #[comptime] t: Trellis) {
+        let lane = new_lane(&constants, t);
+        let mut own = Array::<u32>::new(comptime!(t.lane_words()));
+        #[unroll]
+        for i in 0..comptime!(t.lane_words()) {
+            own[i] = words[lane_word(UNIT_POS_X as usize, i, t)];
+        }
+        let aligned = align(&own, &lane, 0usize, t);
+        #[unroll]
+        for pair in 0..2usize {
+            let products = pair_products(&aligned, &lane, pair, t);
+            #[unroll]
+            for i in 0..4usize {
+                out[UNIT_POS_X as usize * 8usize + comptime!(4 * pair + i)] = products[i];
+            }
+        }
+    }
+
+    /// Lanes find all their states, with tensor cores or without.
+    #[test]
+    fn lanes_have_the_products_of_their_states() {
+        let gpu = gpu();
+        for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits)))
+        {
+            let t = Trellis { bits, codebook };
+            let halves = random(2 * t.tile_words(), 71);
+            let words: Vec<u32> = halves.as_chunks().0.iter().map(|[low, high]| low ^ (high << 8)).collect();
+            let input = gpu.upload(&HostTensor::from_u32(&[words.len()], &words).unwrap()).unwrap();
+            let out = gpu.upload(&HostTensor::from_u32(&[8 * LANES], &[0; 8 * LANES]).unwrap()).unwrap();
+            // SAFETY: the words are those of a tile, and the output has eight products of each lane.
+            unsafe {
+                products_of_lanes::launch_unchecked(
+                    gpu.client(),
+                    CubeCount::new_single(),
+                    CubeDim::new_1d(LANES as u32),
+                    input.buffer().arg(words.len()),
+                    out.buffer().arg(8 * LANES),
+                    t.constants(),
+                    t,
+                );
+            }
+            let found = gpu.read_u32(&out).unwrap();
+            for (at, &found) in found.iter().enumerate() {
+                let (lane, pair, i) = (at / 8, at / 4 % 2, at % 4);
+                let position = 8 * lane + 2 * pair + i / 2 + i % 2 * 4;
+                let state = state(&words, position, bits);
+                let expected = state.wrapping_mul(codebook.multiplier()).wrapping_add(codebook.increment());
+                assert_eq!(found, expected, "{codebook:?} {bits} bits, position {position}");
+            }
+        }
+    }
+
+    /// The 16 bits that end with the symbol of a position, bit by bit.
+    fn state(words: &[u32], position: usize, bits: usize) -> u32 {
+        let count = 32 * words.len();
+        (0..16).fold(0, |state, i| {
+            let bit = ((position + 1) * bits + count + i - 16) % count;
+            state << 1 | words[bit / 32] >> (31 - bit % 32) & 1
+        })
+    }
+}
