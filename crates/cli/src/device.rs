@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
+use marlin_conformance::Mode;
 use marlin_cpu::{Cpu, CpuOptions};
 
 use crate::args::{DeviceArgs, DeviceKind};
@@ -20,6 +21,23 @@ pub enum Opened {
     /// A Vulkan device.
     #[cfg(all(feature = "gpu", not(target_os = "macos")))]
     Vulkan(Arc<marlin_gpu::Vulkan>),
+}
+
+impl Opened {
+    /// What the device rounds unless it is opened as an exact one.
+    pub fn default_mode(&self) -> Mode {
+        #[cfg(any(feature = "gpu", feature = "cuda"))]
+        let of_gpu = |has_modes| if has_modes { Mode::F16Activations } else { Mode::Exact };
+        match self {
+            Self::Cpu(_) => Mode::Int8Activations,
+            #[cfg(all(feature = "gpu", target_os = "macos"))]
+            Self::Metal(gpu) => of_gpu(gpu.has_modes()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => of_gpu(gpu.has_modes()),
+            #[cfg(all(feature = "gpu", not(target_os = "macos")))]
+            Self::Vulkan(gpu) => of_gpu(gpu.has_modes()),
+        }
+    }
 }
 
 /// Runs the body with an open device: `with_device!(opened, |backend| expression)`.
@@ -58,11 +76,13 @@ pub fn open(args: &DeviceArgs) -> Result<Opened> {
     }
     match kind {
         #[cfg(all(feature = "gpu", target_os = "macos"))]
-        DeviceKind::Metal => Ok(Opened::Metal(Arc::new(marlin_gpu::metal(args.device_index)?))),
+        DeviceKind::Metal => Ok(Opened::Metal(Arc::new(marlin_gpu::metal(args.device_index)?.with_exact(args.exact)))),
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Ok(Opened::Cuda(Arc::new(marlin_gpu::cuda(args.device_index)?))),
+        DeviceKind::Cuda => Ok(Opened::Cuda(Arc::new(marlin_gpu::cuda(args.device_index)?.with_exact(args.exact)))),
         #[cfg(all(feature = "gpu", not(target_os = "macos")))]
-        DeviceKind::Vulkan => Ok(Opened::Vulkan(Arc::new(marlin_gpu::vulkan(args.device_index)?))),
+        DeviceKind::Vulkan => {
+            Ok(Opened::Vulkan(Arc::new(marlin_gpu::vulkan(args.device_index)?.with_exact(args.exact))))
+        }
         _ => bail!("device `{}` is not in this build; it has: {}", name(kind), built().join(", ")),
     }
 }

@@ -25,13 +25,26 @@ pub(crate) trait Case {
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance>;
 }
 
-/// What the oracle rounds.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mode {
-    /// Nothing.
+/// What products with weights may round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing that f32 holds.
+    #[default]
     Exact,
-    /// Activations of integer formats, to int8 blocks.
+    /// The default of CPUs: activations of integer formats to int8 blocks, which the oracle rounds too, and those of EXL3.
     Int8Activations,
+    /// The default of GPUs: activations of EXL3, to f16 after the rotation.
+    F16Activations,
+}
+
+impl Mode {
+    /// What such outputs are compared with.
+    pub(crate) fn oracle(self) -> Oracle {
+        match self {
+            Self::Int8Activations => Oracle::with_int8_activations(),
+            Self::Exact | Self::F16Activations => Oracle::new(),
+        }
+    }
 }
 
 /// The error that a case of bad arguments must get: its kind and operand.
@@ -54,11 +67,11 @@ pub(crate) struct Runner<'a, B> {
 }
 
 impl<'a, B: Backend> Runner<'a, B> {
-    pub(crate) fn new(backend: &'a B, oracle: Oracle, int8_activations: bool) -> Self {
+    pub(crate) fn new(backend: &'a B, mode: Mode) -> Self {
         Self {
             backend,
-            oracle,
-            mode: if int8_activations { Mode::Int8Activations } else { Mode::Exact },
+            oracle: mode.oracle(),
+            mode,
             family: Family::Device,
             tamper: false,
             containing: String::new(),

@@ -35,8 +35,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use marlin_ops::Backend;
-use marlin_ops::oracle::Oracle;
 
+pub use case::Mode;
 use case::Runner;
 pub use report::{CaseResult, Report};
 
@@ -113,8 +113,8 @@ impl FromStr for Family {
 pub struct VerifyOptions {
     /// Families to run; all when absent.
     pub families: Option<Vec<Family>>,
-    /// Judge by the oracle that rounds activations to int8 blocks: for the fast CPU mode.
-    pub int8_activations: bool,
+    /// The mode that the backend is in.
+    pub mode: Mode,
     /// Name of the device in the report; the backend's own when empty.
     pub device: String,
     /// Run only cases whose configuration contains this.
@@ -124,8 +124,7 @@ pub struct VerifyOptions {
 /// Runs every case of the chosen families on `backend` and judges it. A case that fails, returns an error or panics is
 /// a failed result; the others still run.
 pub fn verify<B: Backend>(backend: &B, options: &VerifyOptions) -> Report {
-    let oracle = if options.int8_activations { Oracle::with_int8_activations() } else { Oracle::new() };
-    let mut runner = Runner::new(backend, oracle, options.int8_activations);
+    let mut runner = Runner::new(backend, options.mode);
     runner.only_containing(&options.containing);
     run_families(&mut runner, options.families.as_deref().unwrap_or(&Family::ALL));
     let device = match options.device.as_str() {
@@ -178,9 +177,9 @@ mod tests {
     /// Every check of every family notices a change of 1 % (or of 1, or an infinity) in a single output element.
     #[test]
     fn every_case_can_fail() {
-        for int8_activations in [false, true] {
-            let oracle = if int8_activations { Oracle::with_int8_activations() } else { Oracle::new() };
-            let mut runner = Runner::new(&oracle, oracle, int8_activations);
+        for mode in [Mode::Exact, Mode::Int8Activations, Mode::F16Activations] {
+            let oracle = mode.oracle();
+            let mut runner = Runner::new(&oracle, mode);
             runner.tamper_with_outputs();
             run_families(&mut runner, &Family::ALL);
             let results = runner.into_results();

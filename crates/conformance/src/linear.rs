@@ -231,7 +231,7 @@ impl Case for LinearCase {
         if self.input == Input::Special {
             return vec![special_tolerance(self.activation)];
         }
-        if self.all_codes && mode == Mode::Exact {
+        if self.all_codes && mode != Mode::Int8Activations {
             return vec![Tolerance::Exact];
         }
         // Each of the K + 4 roundings (weight, products, bias, scale, residual) is relative to at most the sum of

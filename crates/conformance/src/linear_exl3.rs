@@ -218,7 +218,7 @@ impl Case for GatedCase {
         let elements = Tolerance::Elements { ulps: 2.0, relative: 4.0 * U32, absolute: absolute.collect() };
         let bound = match mode {
             Mode::Exact => tolerance::LINEAR,
-            Mode::Int8Activations => tolerance::EXL3_ROWS,
+            Mode::Int8Activations | Mode::F16Activations => tolerance::EXL3_ROWS,
         };
         vec![with_relative(self.m, self.n, bound, elements)]
     }

@@ -322,7 +322,7 @@ impl Case for ExpertMlpCase {
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
         let bound = match mode {
             _ if self.storages.iter().any(Storage::rotates) => tolerance::EXL3_ROWS,
-            Mode::Exact => tolerance::LINEAR,
+            Mode::Exact | Mode::F16Activations => tolerance::LINEAR,
             // The hidden vector is rounded to int8 in between.
             Mode::Int8Activations => tolerance::GATED_MLP_ROUNDED,
         };

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use marlin_conformance::{Family, VerifyOptions, verify};
+use marlin_conformance::{Family, Mode, VerifyOptions, verify};
 use marlin_cpu::{Cpu, CpuOptions, Isa};
 
 /// Families with products of weights: the fast mode is another arithmetic in them alone.
@@ -25,8 +25,8 @@ fn passes(isa: Isa, exact: bool) {
     assert_eq!(cpu.isa(), isa);
     let device = format!("cpu {isa:?}");
     let families = (!exact).then(|| PRODUCTS.to_vec());
-    let report =
-        verify(&cpu, &VerifyOptions { int8_activations: !exact, families, device, ..VerifyOptions::default() });
+    let mode = if exact { Mode::Exact } else { Mode::Int8Activations };
+    let report = verify(&cpu, &VerifyOptions { mode, families, device, ..VerifyOptions::default() });
     let failures: Vec<_> = report.failures().collect();
     println!("{isa:?}, exact {exact}: {} passed, {} failed", report.passed, report.failed);
     assert!(failures.is_empty(), "{} failures: {failures:#?}", failures.len());

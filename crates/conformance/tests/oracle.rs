@@ -1,10 +1,10 @@
 //! The oracle passes its own cases, so that none asks for what its definition does not give.
 
-use marlin_conformance::{CaseResult, VerifyOptions, verify};
+use marlin_conformance::{CaseResult, Mode, VerifyOptions, verify};
 use marlin_ops::oracle::Oracle;
 
-fn passes(oracle: Oracle, int8_activations: bool) {
-    let options = VerifyOptions { int8_activations, ..VerifyOptions::default() };
+fn passes(oracle: Oracle, mode: Mode) {
+    let options = VerifyOptions { mode, ..VerifyOptions::default() };
     let report = verify(&oracle, &options);
     let failures: Vec<_> = report.failures().collect();
     assert!(failures.is_empty(), "{failures:#?}");
@@ -22,12 +22,12 @@ fn passes(oracle: Oracle, int8_activations: bool) {
 
 #[test]
 fn exact() {
-    passes(Oracle::new(), false);
+    passes(Oracle::new(), Mode::Exact);
 }
 
 #[test]
 fn int8_activations() {
-    passes(Oracle::with_int8_activations(), true);
+    passes(Oracle::with_int8_activations(), Mode::Int8Activations);
 }
 
 #[test]

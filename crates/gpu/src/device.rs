@@ -12,6 +12,7 @@ use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, PathSearch, Result,
 use crate::Buffer;
 use crate::fault;
 use crate::launch::{cubes_for, units};
+use crate::linear;
 use crate::step::{Recording, Steps};
 use crate::traffic::Counters;
 use crate::weight::{GpuExperts, GpuWeight};
@@ -23,6 +24,7 @@ const CHECKED_BYTES: usize = 1 << 20;
 pub struct Gpu<R: Runtime> {
     client: ComputeClient<R>,
     name: &'static str,
+    exact: bool,
     profiler: Profiler,
     traffic: Counters,
     pub(crate) steps: Steps,
@@ -46,6 +48,7 @@ impl<R: Runtime> Gpu<R> {
         Self {
             client,
             name,
+            exact: false,
             profiler: Profiler::default(),
             traffic: Counters::default(),
             steps,
@@ -53,6 +56,22 @@ impl<R: Runtime> Gpu<R> {
             faults,
             unread,
         }
+    }
+
+    /// The same with f32 and bf16 activations as they are, or without: then products with EXL3 weights round them to f16 after
+    /// the rotation, and leave values of codebook mul1 unrounded, where there are tensor cores.
+    pub fn with_exact(self, exact: bool) -> Self {
+        Self { exact, ..self }
+    }
+
+    /// Whether activations of more bits than f16 are never rounded.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.exact
+    }
+
+    /// Whether results depend on [`Gpu::with_exact`].
+    pub fn has_modes(&self) -> bool {
+        linear::exl3::tensor_cores(self)
     }
 
     /// The client for a launch, which is counted. What a device can do is in [`Gpu::properties`].

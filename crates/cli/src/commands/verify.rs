@@ -7,12 +7,12 @@ use clap::Args;
 #[cfg(feature = "gpu")]
 use marlin_conformance::audit::GpuVariants;
 use marlin_conformance::audit::{Audit, AuditReport, Kernel, PlainOnly, RowResult, Status, Variants, kernels};
-use marlin_conformance::{CaseResult, Family, Report, VerifyOptions};
+use marlin_conformance::{CaseResult, Family, Mode, Report, VerifyOptions};
 use marlin_ops::Backend;
 use serde_json::json;
 
 use crate::args::{DeviceArgs, DeviceKind, threads};
-use crate::device::{self, Opened};
+use crate::device::{self, Opened, with_device};
 
 /// Arguments of `marlin verify`.
 #[derive(Args)]
@@ -136,20 +136,14 @@ fn suite(args: &VerifyArgs) -> Result<()> {
     let mut device = String::new();
     for exact in [true, false] {
         let options = VerifyOptions { families: args.family.map(|family| vec![family]), ..VerifyOptions::default() };
-        let report = match open(args, exact)? {
-            Opened::Cpu(cpu) => {
-                marlin_conformance::verify(&*cpu, &VerifyOptions { int8_activations: !exact, ..options })
-            }
-            // GPUs have one mode.
-            #[cfg(any(feature = "gpu", feature = "cuda"))]
-            _ if !exact => break,
-            #[cfg(all(feature = "gpu", target_os = "macos"))]
-            Opened::Metal(gpu) => marlin_conformance::verify(&*gpu, &options),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(gpu) => marlin_conformance::verify(&*gpu, &options),
-            #[cfg(all(feature = "gpu", not(target_os = "macos")))]
-            Opened::Vulkan(gpu) => marlin_conformance::verify(&*gpu, &options),
+        let opened = open(args, exact)?;
+        let mode = match opened.default_mode() {
+            _ if exact => Mode::Exact,
+            Mode::Exact => break,
+            mode => mode,
         };
+        let options = VerifyOptions { mode, ..options };
+        let report = with_device!(opened, |backend| marlin_conformance::verify(&*backend, &options));
         let mode = if exact { "exact" } else { "default" };
         results.extend(
             report

@@ -1,6 +1,7 @@
 //! `cargo run --release -p marlin-gpu --features cuda --example speed [-- --json FILE | --format TEXT [--rows M,M,...]
-//! [--activations f16|f32]]`: how fast the kernels are on the first CUDA device; that they are right is `verify`'s matter. Times are medians; weights and caches are
-//! rotated beyond the device's caches, activations are not, as in a model. Products are replayed in graphs, attention is enqueued.
+//! [--activations f16|f32] [--exact]]`: how fast the kernels are on the first CUDA device; that they are right is `verify`'s
+//! matter. Times are medians; weights and caches are rotated beyond the device's caches, activations are not, as in a model.
+//! Products are replayed in graphs, attention is enqueued.
 
 mod measure;
 
@@ -77,7 +78,7 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let (mut json, mut only, mut rows, mut activations) = (None, None, None, None);
+    let (mut json, mut only, mut rows, mut activations, mut exact) = (None, None, None, None, false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -85,16 +86,18 @@ fn main() -> Result<()> {
             "--format" => only = Some(arguments.next().context("--format needs a part of a name")?),
             "--rows" => rows = Some(parse_rows(&arguments.next().context("--rows needs numbers")?)?),
             "--activations" => activations = Some(parse_dtype(arguments.next().as_deref())?),
+            "--exact" => exact = true,
             other => bail!(
-                "unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...] [--activations f16|f32]"
+                "unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...] [--activations f16|f32] \
+                 [--exact]"
             ),
         }
     }
     if let Some(name) = only {
-        return run_some(&name, activations.unwrap_or(DType::F16), rows.as_deref().unwrap_or(&SOME_ROWS));
+        return run_some(&name, activations.unwrap_or(DType::F16), rows.as_deref().unwrap_or(&SOME_ROWS), exact);
     }
-    if rows.is_some() || activations.is_some() {
-        bail!("--rows and --activations need --format");
+    if rows.is_some() || activations.is_some() || exact {
+        bail!("--rows, --activations and --exact need --format");
     }
     let report = run()?;
     if let Some(file) = json {
@@ -120,8 +123,8 @@ fn parse_dtype(name: Option<&str>) -> Result<DType> {
 }
 
 /// The products of the formats whose names contain `name`.
-fn run_some(name: &str, activations: DType, rows: &[usize]) -> Result<()> {
-    let bench = Bench::new()?;
+fn run_some(name: &str, activations: DType, rows: &[usize], exact: bool) -> Result<()> {
+    let bench = Bench::new(exact)?;
     let copy = bench.copy_rate()?;
     println!("copy {:.0} GB/s\n\n{HEADER}", copy / 1e9);
     for format in FORMATS.into_iter().filter(|format| format.name().contains(name)) {
@@ -141,7 +144,7 @@ const HEADER: &str = "| format | M | N | K | us | GB/s | of copy | TFLOP/s |\n|-
 
 fn run() -> Result<Report> {
     let device = marlin_gpu::devices().into_iter().find(|d| d.kind == "cuda").context("no CUDA device")?.name;
-    let bench = Bench::new()?;
+    let bench = Bench::new(false)?;
     let copy = bench.copy_rate()?;
     let (launch, graph_launch) = bench.launch_seconds()?;
     println!(

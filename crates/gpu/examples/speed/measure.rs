@@ -41,8 +41,8 @@ fn nothing(to: &mut [u32]) {
 }
 
 impl Bench {
-    pub fn new() -> Result<Self> {
-        let gpu = marlin_gpu::cuda(Some(0))?;
+    pub fn new(exact: bool) -> Result<Self> {
+        let gpu = marlin_gpu::cuda(Some(0))?.with_exact(exact);
         Ok(Self { gpu, client: CudaRuntime::client(&CudaDevice::new(0)) })
     }
 

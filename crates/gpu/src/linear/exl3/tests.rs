@@ -12,20 +12,32 @@ use crate::linear::{Gemv, LinearKernel, TensorRows, TensorTile};
 use crate::test_values::{random, relative_norm, values};
 
 #[cfg(feature = "cuda")]
-pub(super) fn gpu() -> crate::Cuda {
-    crate::cuda(None).unwrap()
-}
+type TestDevice = crate::Cuda;
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn gpu() -> crate::Vulkan {
-    crate::vulkan(None).unwrap()
+type TestDevice = crate::Vulkan;
+
+/// A device in its exact mode.
+pub(super) fn gpu() -> TestDevice {
+    #[cfg(feature = "cuda")]
+    let device = crate::cuda(None);
+    #[cfg(not(feature = "cuda"))]
+    let device = crate::vulkan(None);
+    device.unwrap().with_exact(true)
+}
+
+/// The device in each mode that it has.
+fn modes() -> Vec<TestDevice> {
+    let exact = gpu();
+    let other = exact.has_modes().then(|| gpu().with_exact(false));
+    [exact].into_iter().chain(other).collect()
 }
 
 /// Error of a product relative to its norm: f16 rows after the rotation, or values of mul1 that are not rounded, where there
 /// are tensor cores, f32 otherwise.
-fn bound<R: cubecl::Runtime>(gpu: &crate::Gpu<R>, kernel: Option<LinearKernel>, dtype: DType) -> f64 {
+fn bound(gpu: &TestDevice, kernel: Option<LinearKernel>, dtype: DType) -> f64 {
     let own = matches!(kernel, None | Some(LinearKernel::Trellis));
-    let narrow = own && dtype == DType::F16 && super::tensor::available(gpu);
+    let narrow = own && (dtype == DType::F16 || !gpu.is_exact()) && super::tensor::available(gpu);
     if narrow { 6e-4 } else { 1e-5 }
 }
 
@@ -106,13 +118,16 @@ fn rows_of_an_embedding() {
 
 #[test]
 fn every_kernel_agrees() {
-    let gpu = gpu();
+    modes().iter().for_each(kernels_agree);
+}
+
+fn kernels_agree(gpu: &TestDevice) {
     let tile = Tile { m: 32, n: 64, k: 32, units: 128, stages: 1, accumulate: Accumulate::F32 };
     let mut compared = 0;
     for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
         let host = weight(codebook, bits, 200, 300, 11);
         for (m, kernel, dtype) in [
-            (1, None, DType::F16),
+            (1, None, if gpu.is_exact() { DType::F16 } else { DType::F32 }),
             (3, Some(LinearKernel::Trellis), DType::F32),
             (9, Some(LinearKernel::Trellis), DType::BF16),
             (9, None, DType::F32),
@@ -125,13 +140,13 @@ fn every_kernel_agrees() {
             if m > 1 && bits != 3 && codebook != Codebook::Mcg {
                 continue;
             }
-            let found = layer(&gpu, shape, &host, dtype, |d, args| match kernel {
+            let found = layer(gpu, shape, &host, dtype, |d, args| match kernel {
                 None => d.linear(args),
                 Some(kernel) => d.linear_with(kernel, args),
             });
             let expected = layer(&Oracle::new(), shape, &host, dtype, |d, args| d.linear(args));
             let error = relative_norm(&found, &expected);
-            let bound = bound(&gpu, kernel, dtype);
+            let bound = bound(gpu, kernel, dtype);
             assert!(error < bound, "{codebook:?} {bits} {m} {kernel:?} {dtype:?}: {error:e}");
             compared += 1;
         }
@@ -171,15 +186,15 @@ fn kernels_of_other_formats_are_refused() {
 
 #[test]
 fn long_rows_are_cut_into_slices() {
-    let gpu = gpu();
     let k = 4096;
-    for (n, rows) in [(128, &[1, 2, 5, 16, 30, 60, 120, 260][..]), (256, &[260])] {
+    let shapes = [(128, &[1, 2, 5, 16, 30, 60, 120, 260][..]), (256, &[260])];
+    for (gpu, (n, rows)) in modes().iter().flat_map(|gpu| shapes.map(|shape| (gpu, shape))) {
         let host = weight(Codebook::Mul1, 3, n, k, 13);
         for (&m, dtype) in rows.iter().flat_map(|m| [(m, DType::F16), (m, DType::F32)]) {
-            let found = layer(&gpu, [m, n, k], &host, dtype, |d, args| d.linear(args));
+            let found = layer(gpu, [m, n, k], &host, dtype, |d, args| d.linear(args));
             let expected = layer(&Oracle::new(), [m, n, k], &host, dtype, |d, args| d.linear(args));
             let error = relative_norm(&found, &expected);
-            assert!(error < bound(&gpu, None, dtype), "{m} {n} {dtype:?}: {error:e}");
+            assert!(error < bound(gpu, None, dtype), "{m} {n} {dtype:?}: {error:e}");
         }
     }
 }
@@ -198,13 +213,15 @@ fn gated_products_of_different_codebooks() {
         d.gated_up(GatedUpArgs { x: &x, norm, gate: &gate, up: &up, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
-    let gpu = gpu();
     let rows = |dtype: DType| [1, 2, 5, 20].map(|m| (m, dtype));
     for (m, dtype) in [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(rows) {
-        let error = relative_norm(&gated(&gpu, m, dtype), &gated(&Oracle::new(), m, dtype));
-        // Of two products.
-        let bound = 2.0 * bound(&gpu, None, dtype);
-        assert!(error < bound, "{m} rows of {dtype:?}: {error:e}");
+        let expected = gated(&Oracle::new(), m, dtype);
+        for gpu in &modes() {
+            let error = relative_norm(&gated(gpu, m, dtype), &expected);
+            // Of two products.
+            let bound = 2.0 * bound(gpu, None, dtype);
+            assert!(error < bound, "{m} rows of {dtype:?}: {error:e}");
+        }
     }
 }
 
@@ -220,24 +237,29 @@ fn plain<D: LinearOps>(d: &D, host: &Weight, dtype: DType, x: &[f32]) -> Vec<f64
     d.read_f64(&out).unwrap()
 }
 
-/// Sums of 14,336 products keep the precision of f32, of rows of any size: alone, a few together, and many.
+/// Sums of 14,336 products keep the precision of f32, or that of their rounded rows, of rows of any size: alone, a few
+/// together, and many.
 #[cfg(feature = "cuda")]
 #[test]
 fn rows_of_f32_keep_their_precision() {
-    let (gpu, oracle) = (gpu(), Oracle::new());
-    let sizes = [1.0, 1e-20, 1e-6, 7e4, 1e20, 1e30, -3.0, 65_504.0, 1e-3];
-    for (codebook, m, n, k) in [
-        (Codebook::Mcg, 1, 128, 14_336),
-        (Codebook::Mul1, 2, 130, 1000),
-        (Codebook::ThreeInst, 7, 128, 14_336),
-        (Codebook::Mul1, 11, 384, 14_336),
-        (Codebook::Mcg, 50, 256, 640),
-        (Codebook::Mcg, 140, 256, 14_336),
-        (Codebook::Mul1, 140, 384, 1000),
+    let (oracle, modes) = (Oracle::new(), modes());
+    assert_eq!(modes.len(), 2);
+    let sizes = [1.0, 1e-20, 1e-6, 7e4, 1e20, 1e30, -3.0, 65_504.0, 1e-3, 1e-34];
+    // The size of the first row, and the shape.
+    for (codebook, first, m, n, k) in [
+        (Codebook::Mcg, 0, 1, 128, 14_336),
+        (Codebook::Mul1, 0, 2, 130, 1000),
+        (Codebook::Mul1, 5, 2, 256, 14_336),
+        (Codebook::Mul1, 9, 2, 130, 640),
+        (Codebook::ThreeInst, 0, 7, 128, 14_336),
+        (Codebook::Mul1, 0, 11, 384, 14_336),
+        (Codebook::Mcg, 0, 50, 256, 640),
+        (Codebook::Mcg, 0, 140, 256, 14_336),
+        (Codebook::Mul1, 0, 140, 384, 1000),
     ] {
         let host = Weight::exl3(matrix(codebook, 3, n, k, 51)).unwrap();
         let mut x = values(m * k, 5);
-        for (row, size) in x.chunks_exact_mut(k).zip(sizes.iter().cycle()) {
+        for (row, size) in x.chunks_exact_mut(k).zip(sizes.iter().cycle().skip(first)) {
             row.iter_mut().for_each(|v| *v *= size);
         }
         // Outliers among small values.
@@ -245,16 +267,19 @@ fn rows_of_f32_keep_their_precision() {
         (x[last + 3], x[last + 200]) = (3e5, -1e7);
         let what = format!("{codebook:?} M={m} N={n} K={k}");
         let expected = plain(&oracle, &host, DType::F32, &x);
-        crate::test_values::assert_rows(&what, &plain(&gpu, &host, DType::F32, &x), &expected, n, 1e-5);
-        // What is not finite stays in its row.
-        for (value, row) in [(f32::NAN, 0), (f32::INFINITY, m - 1)] {
-            let mut x = x.clone();
-            x[row * k + 17] = value;
-            let found = plain(&gpu, &host, DType::F32, &x);
-            for (r, (found, expected)) in found.chunks_exact(n).zip(expected.chunks_exact(n)).enumerate() {
-                match r == row {
-                    true => assert!(found.iter().all(|v| !v.is_finite()), "{what}, {value} in row {r}: {found:?}"),
-                    false => crate::test_values::assert_rows(&what, found, expected, n, 1e-5),
+        for gpu in &modes {
+            let bound = bound(gpu, None, DType::F32);
+            crate::test_values::assert_rows(&what, &plain(gpu, &host, DType::F32, &x), &expected, n, bound);
+            // What is not finite stays in its row.
+            for (value, row) in [(f32::NAN, 0), (f32::INFINITY, m - 1)] {
+                let mut x = x.clone();
+                x[row * k + 17] = value;
+                let found = plain(gpu, &host, DType::F32, &x);
+                for (r, (found, expected)) in found.chunks_exact(n).zip(expected.chunks_exact(n)).enumerate() {
+                    match r == row {
+                        true => assert!(found.iter().all(|v| !v.is_finite()), "{what}, {value} in row {r}: {found:?}"),
+                        false => crate::test_values::assert_rows(&what, found, expected, n, bound),
+                    }
                 }
             }
         }
@@ -291,7 +316,12 @@ fn rows_of_f16_are_apart() {
 /// `|dy[n]| <= 2.5e-3 |svh[n]| rms(z)`, z over the 128 outputs of n.
 #[test]
 fn errors_are_those_of_the_format() {
-    let gpu = gpu();
+    for (gpu, dtype) in modes().iter().flat_map(|gpu| [(gpu, DType::F16), (gpu, DType::F32)]) {
+        errors_are_within(gpu, dtype);
+    }
+}
+
+fn errors_are_within(gpu: &TestDevice, dtype: DType) {
     for (codebook, bits, m, n, k) in [
         (Codebook::Mcg, 3, 1, 640, 1024),
         (Codebook::Mul1, 4, 2, 200, 2048),
@@ -303,8 +333,8 @@ fn errors_are_those_of_the_format() {
         let svh: Vec<f64> = host.svh.iter().map(|&bits| half::f16::from_bits(bits).to_f64()).collect();
         let host = Weight::exl3(host).unwrap();
         let x = values(m * k, 5);
-        let found = plain(&gpu, &host, DType::F16, &x);
-        let expected = plain(&Oracle::new(), &host, DType::F16, &x);
+        let found = plain(gpu, &host, dtype, &x);
+        let expected = plain(&Oracle::new(), &host, dtype, &x);
         for (row, (found, expected)) in found.chunks(n).zip(expected.chunks(n)).enumerate() {
             for start in (0..n).step_by(128) {
                 let block = start..n.min(start + 128);

@@ -1,4 +1,4 @@
-//! One or two f16 rows with codebook mul1, whose values are linear in the sums of a state's four bytes but for their last
+//! One or two rows with codebook mul1, whose values are linear in the sums of a state's four bytes but for their last
 //! rounding, to f16. The bytes go into products as they are, so that nothing decodes them further: each is multiplied with
 //! the same value of x, a whole number of 23 bits times a power of two of its row and Hadamard block, in three signed bytes.
 //! Sums over a block are exact. Values that are not rounded lie within half an ulp of those that are, 1.8e-4 of a value in the
@@ -18,7 +18,7 @@ use marlin_ops::Result;
 
 use super::check_shared;
 use super::fragment::{Constants, Lane, align, lane_bytes, lane_word, new_lane};
-use super::parts::{inverse, power};
+use super::parts::{Parts, inverse, power};
 use super::rows::{BLOCK_ROWS, SUMS, TILES, WIDTH, load_raw};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
@@ -47,6 +47,15 @@ const TOP: u32 = 21;
 
 // Sums over a block are f32 exactly.
 const _: () = assert!(HADAMARD * 4 * 255 * 128 < 1 << 24);
+
+/// Blocks whose largest value has a lower biased exponent are lifted by [`LIFT`] first: their power has no inverse.
+const LOW: u32 = 64;
+
+/// What lifts them.
+const LIFT: f32 = 4_294_967_296.0;
+
+/// What whole numbers are divided by before they are scaled, so that scales are neither too small nor too large for f32.
+const LOWERED: f32 = 1_048_576.0;
 
 /// What f32 add to round to whole numbers: 3 * 2^22.
 const ROUNDING: f32 = 12_582_912.0;
@@ -212,8 +221,8 @@ fn load_tile(
     }
 }
 
-/// Puts a lane's four values times a power of two, rounded to whole numbers, into shared memory. One over the power; NaN if a
-/// value of the block is not finite.
+/// Puts a lane's four values times a power of two, rounded to whole numbers, into shared memory. [`LOWERED`] over the power; NaN
+/// if a value of the block is not finite.
 #[cube]
 fn stage_block(
     values: &Array<f32>,
@@ -233,13 +242,15 @@ fn stage_block(
         let word = plane_shuffle_xor(largest, comptime!(1u32 << bit));
         largest = select(word > largest, word, largest);
     }
-    let power = power(f32::reinterpret(largest), TOP);
+    let low = largest < comptime!(LOW << 23);
+    let lift = select(low, f32::new(LIFT), f32::new(1.0));
+    let power = power(f32::reinterpret(largest) * lift, TOP);
     #[unroll]
     for pair in 0..2usize {
         let mut digits = Array::<u32>::new(2usize);
         #[unroll]
         for i in 0..2usize {
-            let whole = u32::reinterpret(values[comptime!(2 * pair + i)] * power + ROUNDING);
+            let whole = u32::reinterpret(values[comptime!(2 * pair + i)] * lift * power + ROUNDING);
             digits[i] = (whole + comptime!(SIGNLESS.wrapping_sub(ROUNDING.to_bits()))) ^ SIGNLESS;
         }
         #[unroll]
@@ -252,7 +263,8 @@ fn stage_block(
             stage[first + comptime!((pair * DIGITS + digit) * c.rows * BLOCK_STRIDE) + UNIT_POS_X as usize] = four;
         }
     }
-    select(largest < 0x7f80_0000u32, inverse(power), f32::NAN.runtime())
+    let lowered = select(low, f32::new(LOWERED / LIFT), f32::new(LOWERED));
+    select(largest < 0x7f80_0000u32, inverse(power) * lowered, f32::NAN.runtime())
 }
 
 /// Adds the products of a tile row, whose x are `at` in shared memory, and loads those of the next one if there is one.
@@ -328,9 +340,9 @@ fn write_sums(
         for plane in 0..PLANES {
             let low = shared[from + comptime!(plane * SUMS * LANES)];
             let high = shared[from + comptime!(plane * SUMS * LANES + 1)];
-            let whole = f32::cast_from(low.extract(0usize))
-                + f32::cast_from(low.extract(1usize)) * 256.0
-                + f32::cast_from(high.extract(0usize)) * 65_536.0;
+            let whole = f32::cast_from(low.extract(0usize)) * comptime!(1.0 / LOWERED)
+                + f32::cast_from(low.extract(1usize)) * comptime!(256.0 / LOWERED)
+                + f32::cast_from(high.extract(0usize)) * comptime!(65_536.0 / LOWERED);
             let scale = scales[row + comptime!(plane * c.rows)];
             value += whole * scale.extract(0usize) + scale.extract(1usize);
         }
@@ -340,9 +352,10 @@ fn write_sums(
     }
 }
 
-/// Whether the kernel takes the product, whose values of weights it does not round.
-pub(super) fn takes<R: Runtime>(product: &Product<'_, R>, trellis: Trellis) -> bool {
-    trellis.codebook == Codebook::Mul1 && product.x.dtype() == DType::F16 && product.x.rows() <= MOST_ROWS
+/// Whether the kernel takes the product, whose values of weights it does not round: exact products of f32 do.
+pub(super) fn takes<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis) -> bool {
+    let rounds = Parts::of(gpu, product.x.dtype()) != Parts::Split;
+    trellis.codebook == Codebook::Mul1 && rounds && product.x.rows() <= MOST_ROWS
 }
 
 /// Enqueues the product with a trellis; `factors` are the row factors of its norm.

@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 use marlin_formats::DType;
 use marlin_ops::{Result, Tensor};
 
-use super::{available, parts, tile};
+use super::parts::{self, Parts};
+use super::{available, tile};
 use crate::linear::exl3::rotate::Channels;
 use crate::linear::limit;
 use crate::linear::tensor::ExpertRows;
@@ -29,7 +30,8 @@ pub(crate) fn multiply<R: Runtime>(
     }
     let trellis = weight.trellis().ok_or_else(|| limit(gpu, operation, "a weight that is not exl3 as exl3".into()))?;
     let out = gpu.scratch(operation, DType::F32, &[x.rows(), weight.padded_out()])?;
-    let (x, inverses) = parts::split(gpu, operation, x, Channels::FragmentPairs)?;
-    tile::multiply_experts(gpu, operation, (weight, trellis), tile_rows, &x, rows, &out)?;
+    let parts = Parts::of(gpu, x.dtype());
+    let (x, inverses) = parts::split(gpu, operation, x, parts, Channels::FragmentPairs)?;
+    tile::multiply_experts(gpu, operation, (weight, trellis), tile_rows, parts, &x, rows, &out)?;
     Ok((out, inverses))
 }

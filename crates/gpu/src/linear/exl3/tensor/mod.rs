@@ -1,5 +1,6 @@
 //! Products of rotated rows with tiles on tensor cores whose fragments are known (`m16n8k16` of planes of 32), with f32 sums.
-//! Rows are f16, or sums of two f16 ([`parts`]). One or two rows may be whole numbers of three [`bytes`], with i32 sums.
+//! Rows are f16, or sums of two f16 ([`parts`]). One or two rows may be whole numbers of three [`bytes`], with i32 sums. Only
+//! sums of two keep the precision of f32: they are for devices in the exact mode.
 
 mod bytes;
 pub(super) mod experts;
@@ -19,11 +20,7 @@ use crate::linear::exl3::rotate::{self, Channels};
 use crate::linear::limit;
 use crate::linear::operands::Product;
 use crate::{Buffer, Gpu};
-
-/// f16 values that a value of x is the sum of: others would lose range or precision as one.
-const fn parts_of(dtype: DType) -> usize {
-    if matches!(dtype, DType::F16) { 1 } else { 2 }
-}
+use parts::Parts;
 
 /// Launches the product with a trellis, rotations and all; `factors` are the row factors of its norm.
 pub(super) fn launch<R: Runtime>(
@@ -49,15 +46,16 @@ fn operands<R: Runtime>(
     channels: Channels,
 ) -> Result<Operands<R>> {
     let dims = [product.x.rows(), product.weight.padded_in()];
-    if parts_of(product.x.dtype()) == 1 {
+    let parts = Parts::of(gpu, product.x.dtype());
+    if !parts.scaled() {
         let rotated = gpu.scratch(product.operation, DType::F16, &dims)?;
         rotate::input(gpu, product, factors, channels, &rotated);
         return Ok((rotated, None));
     }
     let rotated = gpu.scratch(product.operation, DType::F32, &dims)?;
     rotate::input(gpu, product, factors, Channels::Neighbours, &rotated);
-    let (parts, inverses) = parts::split(gpu, product.operation, &rotated, channels)?;
-    Ok((parts, Some(inverses)))
+    let (operands, inverses) = parts::split(gpu, product.operation, &rotated, parts, channels)?;
+    Ok((operands, Some(inverses)))
 }
 
 /// Whether the device multiplies such fragments.

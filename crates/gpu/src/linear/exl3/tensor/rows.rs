@@ -11,8 +11,8 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
-use super::parts::{inverse, power};
-use super::{bytes, check_shared, operands, parts, parts_of};
+use super::parts::{Parts, TOP, inverse, power};
+use super::{bytes, check_shared, operands};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, high_words, low_words, transform};
@@ -57,8 +57,7 @@ struct RowsConfig {
     depth: usize,
     /// Slices are whole turns of all planes.
     even: bool,
-    /// f16 values that a value of x is the sum of.
-    parts: usize,
+    parts: Parts,
     /// x as it comes, to be rotated; otherwise it was.
     raw: Option<Input>,
 }
@@ -69,9 +68,15 @@ impl RowsConfig {
         self.stage * 4 + 4
     }
 
-    /// Vectors of x in shared memory: [part, row].
+    /// Rows have powers that are found here.
+    const fn scales(&self) -> bool {
+        self.raw.is_some() && self.parts.scaled()
+    }
+
+    /// Vectors of x in shared memory: [part, row], with room for f32 values that are to be scaled.
     const fn staged(&self) -> usize {
-        self.parts * self.rows * self.row_stride()
+        let parts = if self.scales() { 2 } else { self.parts.count() };
+        parts * self.rows * self.row_stride()
     }
 
     /// Words of a plane's tiles that a lane loads at once.
@@ -81,7 +86,7 @@ impl RowsConfig {
 
     const fn shared_bytes(&self) -> usize {
         let units = self.planes * LANES;
-        let largest = if self.raw.is_some() && self.parts > 1 { self.rows * units * 4 } else { 0 };
+        let largest = if self.scales() { self.rows * units * 4 } else { 0 };
         self.staged() * 8 + units * SUMS * 8 + largest
     }
 
@@ -264,7 +269,7 @@ fn load_next(
     }
 }
 
-/// Puts tile rows `begin` to `end` of x into shared memory; the factors of the sums of rows that are split here.
+/// Puts tile rows `begin` to `end` of x into shared memory; the factors of the sums of rows that are scaled here.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn stage_rows<X: Numeric, G: Numeric>(
@@ -303,8 +308,8 @@ fn stage_rows<X: Numeric, G: Numeric>(
         }
         task += comptime!(c.planes);
     }
-    if comptime!(c.raw.is_some() && c.parts == 2) {
-        split_staged(stage, &mut largest, blocks, c);
+    if comptime!(c.scales()) {
+        scale_staged(stage, &mut largest, blocks, c);
     }
     largest
 }
@@ -342,7 +347,7 @@ pub(super) fn load_raw<X: Numeric, G: Numeric>(
     values
 }
 
-/// Puts a lane's rotated values into shared memory: as f16, or, if they are to be split, as f32 where their parts will be.
+/// Puts a lane's rotated values into shared memory: as f16, or, if they are to be scaled, as f32 where two parts would be.
 #[cube]
 fn stage_raw(
     values: &Array<f32>,
@@ -353,7 +358,7 @@ fn stage_raw(
     #[comptime] c: RowsConfig,
 ) {
     let to = row * comptime!(c.row_stride()) + block * LANES + UNIT_POS_X as usize;
-    if comptime!(c.parts == 1) {
+    if comptime!(!c.scales()) {
         stage[to] = high_words(values);
     } else {
         let mut words = Vector::<u32, Const<2>>::empty();
@@ -374,10 +379,10 @@ fn stage_raw(
     }
 }
 
-/// Splits the values of [`stage_raw`], each row times a power of two; `largest` are their largest values of this unit, and
+/// Makes the values of [`stage_raw`] f16, each row times a power of two; `largest` are their largest values of this unit, and
 /// one over these powers afterwards.
 #[cube]
-fn split_staged(
+fn scale_staged(
     stage: &mut Shared<[Vector<u32, Const<2>>]>,
     largest: &mut Array<f32>,
     blocks: usize,
@@ -386,7 +391,7 @@ fn split_staged(
     let mut powers = Array::<f32>::new(comptime!(c.rows));
     #[unroll]
     for r in 0..comptime!(c.rows) {
-        powers[r] = power(cube_max(largest[r], comptime!(LANES * c.planes)), parts::TOP);
+        powers[r] = power(cube_max(largest[r], comptime!(LANES * c.planes)), TOP);
         largest[r] = inverse(powers[r]);
     }
     let mut task = UNIT_POS_Y as usize;
@@ -408,7 +413,9 @@ fn split_staged(
             values[comptime!(2 + i)] = f32::reinterpret(high.extract(i)) * factor;
         }
         stage[at] = high_words(&values);
-        stage[at + comptime!(c.rows * c.row_stride())] = low_words(&values);
+        if comptime!(c.parts.count() == 2) {
+            stage[at + comptime!(c.rows * c.row_stride())] = low_words(&values);
+        }
         task += comptime!(c.planes);
     }
 }
@@ -430,7 +437,7 @@ fn stage_rotated(
     // Rows beyond the last are computed from the last and not written.
     let known = select(row < m, row, m - 1usize);
     #[unroll]
-    for part in 0..comptime!(c.parts) {
+    for part in 0..comptime!(c.parts.count()) {
         let words = rotated[((part * m + known) * tile_rows + first) * 4usize + lane];
         stage[(part * comptime!(c.rows) + row) * comptime!(c.row_stride()) + block * LANES + lane] = words;
     }
@@ -452,7 +459,7 @@ fn multiply_row(
     let (g, t) = (UNIT_POS_X as usize / 4usize, UNIT_POS_X as usize % 4usize);
     let mut inputs = Sequence::<Array<Vector<f16, Const<2>>>>::new();
     #[unroll]
-    for part in 0..comptime!(c.parts) {
+    for part in 0..comptime!(c.parts.count()) {
         let row = comptime!(part * c.rows) + g % comptime!(c.rows);
         let words = stage[row * comptime!(c.row_stride()) + at * 4usize + t];
         let mut input = Array::<Vector<f16, Const<2>>>::new(2usize);
@@ -470,7 +477,7 @@ fn multiply_row(
             weights.push(decode_lane(loaded, lane, first, c.trellis));
         }
         #[unroll]
-        for part in 0..comptime!(c.parts) {
+        for part in 0..comptime!(c.parts.count()) {
             #[unroll]
             for i in 0..2usize {
                 let product = products.index_mut(comptime!(2 * two + i));
@@ -480,7 +487,7 @@ fn multiply_row(
     }
 }
 
-/// Adds the planes' sums up in order and writes them, of rows that were split here times `factors`.
+/// Adds the planes' sums up in order and writes them, of rows that were scaled here times `factors`.
 #[cube]
 fn write_sums(
     shared: &Shared<[Vector<f32, Const<2>>]>,
@@ -505,7 +512,7 @@ fn write_sums(
             let row = pair * 2usize + e;
             if row < m {
                 let mut value = sum.extract(e);
-                if comptime!(c.raw.is_some() && c.parts == 2) {
+                if comptime!(c.scales()) {
                     // One or two rows: those of the first pair.
                     value *= factors[comptime!(if e < c.rows { e } else { 0 })];
                 }
@@ -539,7 +546,7 @@ impl Plan {
         let slices = tile_rows.div_ceil(stage);
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let planes = 1 << (28 / resident).clamp(4, 16).ilog2();
-        let (rows, parts) = (m.next_power_of_two(), parts_of(product.x.dtype()));
+        let (rows, parts) = (m.next_power_of_two(), Parts::of(gpu, product.x.dtype()));
         let raw = (m <= ROTATED_ROWS).then(|| product.input());
         let config = RowsConfig { trellis, rows, stage, planes, depth, even: false, parts, raw };
         let config = config.within(gpu.properties().hardware.max_shared_memory_size);
@@ -560,7 +567,7 @@ pub(super) fn launch<R: Runtime>(
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
-    if bytes::takes(product, trellis) {
+    if bytes::takes(gpu, product, trellis) {
         return bytes::launch(gpu, product, trellis, factors);
     }
     let plan = Plan::new(gpu, product, trellis);
@@ -652,13 +659,15 @@ mod choice {
         let trellis = Trellis { bits: 3, codebook: Codebook::Mcg };
         for shared in SHARED {
             for (rows, parts, planes) in [1, 2, 4, 8].into_iter().flat_map(|rows| {
-                [1, 2].into_iter().flat_map(move |parts| [4, 8, 16].map(|planes| (rows, parts, planes)))
+                [Parts::Plain, Parts::Scaled, Parts::Split]
+                    .into_iter()
+                    .flat_map(move |parts| [4, 8, 16].map(|planes| (rows, parts, planes)))
             }) {
                 let raw = (rows <= ROTATED_ROWS).then_some(Input { x: Storage::F32, gamma: None });
                 let config = RowsConfig { trellis, rows, stage: MOST_STAGED, planes, depth: 2, even: true, parts, raw };
                 let chosen = config.within(shared);
                 let used = chosen.shared_bytes() + SHARED_BESIDE;
-                assert!(used <= shared, "{rows} rows of {parts} parts by {planes} planes: {used} of {shared}");
+                assert!(used <= shared, "{rows} rows of {parts:?} parts by {planes} planes: {used} of {shared}");
                 // The most recent ones have room for what was measured.
                 assert!(shared < SHARED[2] || chosen == config, "{chosen:?}");
             }

@@ -11,7 +11,8 @@ use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
-use super::{check_shared, operands, parts_of};
+use super::parts::Parts;
+use super::{check_shared, operands};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
 use crate::linear::exl3::rotate::{self, Channels, LANES};
@@ -372,7 +373,7 @@ impl Plan {
     pub(in crate::linear::exl3) fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis) -> Self {
         let (m, n, k) = (product.x.rows(), product.weight.padded_out(), product.weight.padded_in());
         let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
-        let parts = parts_of(product.x.dtype());
+        let parts = Parts::of(gpu, product.x.dtype()).count();
         let decoded = m * parts > MOST_DECODING;
         let wide = decoded && n.is_multiple_of(8 * PLANE_COLUMNS);
         // Resident are as many cubes as the registers of a core allow. Sums of two kinds leave them for half the rows.
@@ -473,27 +474,30 @@ fn decode<R: Runtime>(
 /// Most rows of a tile of one expert.
 pub(crate) const MOST_EXPERT_ROWS: usize = 64;
 
-/// The shape for tiles of so many rows of one expert, of f32 rows.
-fn expert_config(tile_rows: usize, trellis: Trellis) -> Option<TileConfig> {
+/// The shape for tiles of so many rows of one expert.
+fn expert_config(tile_rows: usize, trellis: Trellis, parts: Parts) -> Option<TileConfig> {
     let row_blocks = match tile_rows {
         32 => 4,
         MOST_EXPERT_ROWS => 8,
         _ => return None,
     };
-    Some(TileConfig { row_blocks, planes: 4, steps: 2, trellis, decoded: false, parts: 2, experts: true })
+    let parts = parts.count();
+    Some(TileConfig { row_blocks, planes: 4, steps: 2, trellis, decoded: false, parts, experts: true })
 }
 
-/// Enqueues the product of sorted rows `[2, rows, K padded]` of f16 with the weights of a bank into `out [rows, N padded]`.
+/// Enqueues the product of sorted rows `[parts, rows, K padded]` of f16 with the weights of a bank into `out [rows, N padded]`.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn multiply_experts<R: Runtime>(
     gpu: &Gpu<R>,
     operation: &'static str,
     (weight, trellis): (&GpuWeight, Trellis),
     tile_rows: usize,
+    parts: Parts,
     x: &Tensor<Gpu<R>>,
     rows: &ExpertRows<'_, R>,
     out: &Tensor<Gpu<R>>,
 ) -> Result<()> {
-    let config = expert_config(tile_rows, trellis).ok_or_else(|| {
+    let config = expert_config(tile_rows, trellis, parts).ok_or_else(|| {
         limit(gpu, operation, format!("exl3 weights by tiles of {tile_rows} rows (32 or {MOST_EXPERT_ROWS})"))
     })?;
     check_shared(gpu, operation, config.shared_bytes())?;
