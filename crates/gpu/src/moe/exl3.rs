@@ -11,11 +11,12 @@ use marlin_ops::{Result, Tensor};
 
 use super::experts::Bank;
 use super::gemm::SortedRows;
+use super::group::check_id;
 use super::mlp::{Call, ExpertKernel, ExpertStrategy, OP};
 use crate::element::{Storage, load};
 use crate::launch::{cubes, cubes_for, units};
-use crate::linear::exl3::multiply_experts;
 use crate::linear::exl3::rotate::{BLOCKS, Channels, LANES, NORM, first_channel, has_planes, transform};
+use crate::linear::exl3::{AssignedRows, multiply_assigned, multiply_experts};
 use crate::math::activate;
 use crate::{Buffer, Gpu};
 
@@ -136,31 +137,94 @@ fn rotate_expert_input<X: Numeric>(
     }
 }
 
+/// How the sums of a projection are read.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+struct SumsConfig {
+    slices: usize,
+    /// Rows have factors.
+    factors: bool,
+    bias: bool,
+}
+
 /// What [`rotate_expert_output`] is compiled for.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 struct OutputConfig {
     lookup: Lookup,
-    /// Rows have factors.
-    factors: bool,
-    bias: bool,
+    first: SumsConfig,
+    /// Of the projection that the first, activated, is multiplied with.
+    second: Option<SumsConfig>,
     activation: Activation,
     planes: bool,
+    /// Ids are checked, which sorting does otherwise.
+    check: bool,
 }
 
-/// `out [rows, n]`: `act(had(z) * svh + bias)` with those of the row's expert, z times the factor of its row if it has one.
+/// A lane's values of a block of a row: `had(z) * svh + bias`, z the sum over slices, times the factor of its row if it has one.
+/// The bank's `svh` and `bias` are those of `place`; values of columns from n on are not to be used. All units take part.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn rotated_sums(
+    z: &[Vector<f32, Const<4>>],
+    row_factors: &[f32],
+    svh: &[f16],
+    bias: &[f32],
+    at: usize,
+    rows: usize,
+    blocks: usize,
+    n: usize,
+    place: usize,
+    #[comptime] planes: bool,
+    #[comptime] c: SumsConfig,
+) -> Array<f32> {
+    let lane = UNIT_POS as usize % LANES;
+    let first = at * LANES + lane;
+    let mut quad = z[first];
+    #[unroll]
+    for slice in 1..comptime!(c.slices) {
+        quad += z[first + slice * rows * blocks * LANES];
+    }
+    let mut values = Array::<f32>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        values[i] = quad.extract(i);
+    }
+    transform(&mut values, planes);
+    let mut factor = f32::new(NORM);
+    if comptime!(c.factors) {
+        factor *= row_factors[at / blocks];
+    }
+    #[unroll]
+    for i in 0..4usize {
+        let column = at % blocks * HADAMARD + lane * 4usize + i;
+        values[i] = values[i] * factor * f32::cast_from(svh[place * blocks * HADAMARD + column]);
+        if comptime!(c.bias) {
+            values[i] += bias[place * n + select(column < n, column, 0usize)];
+        }
+    }
+    values
+}
+
+/// `out [rows, n]` of z and the svh and bias of the row's expert, as [`rotated_sums`] defines it: `act(first)`, or
+/// `act(first) * second`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rotate_expert_output(
     z: &[Vector<f32, Const<4>>],
     row_factors: &[f32],
-    experts_of: &[u32],
-    places: &[u32],
     svh: &[f16],
     bias: &[f32],
+    z2: &[Vector<f32, Const<4>>],
+    row_factors2: &[f32],
+    svh2: &[f16],
+    bias2: &[f32],
+    experts_of: &[u32],
+    places: &[u32],
     out: &mut [f32],
+    faults: &mut [Atomic<u32>],
     rows: u32,
     n: u32,
     blocks: u32,
+    top_k: u32,
     experts: u32,
     projection: u32,
     #[comptime] c: OutputConfig,
@@ -171,26 +235,32 @@ fn rotate_expert_output(
     let row = at / blocks;
     let place = place_of(experts_of, places, row, rows, experts, projection, c.lookup);
     let known = row < rows && place != u32::MAX;
-    let mut values = Array::<f32>::new(4usize);
-    let quad = z[select(known, at, 0usize) * LANES + lane];
+    if comptime!(c.check) {
+        let checked = row < rows && at % blocks == 0usize && lane == 0usize;
+        check_id(experts_of, faults, row, top_k as usize, experts, checked);
+    }
+    let own = select(known, at, 0usize);
+    let place = select(known, place, 0u32) as usize;
+    let mut values = rotated_sums(z, row_factors, svh, bias, own, rows, blocks, n, place, c.planes, c.first);
     #[unroll]
     for i in 0..4usize {
-        values[i] = quad.extract(i);
+        values[i] = activate(values[i], c.activation);
     }
-    transform(&mut values, c.planes);
-    let mut factor = f32::new(NORM);
-    if comptime!(c.factors) {
-        factor *= row_factors[select(known, row, 0usize)];
+    if comptime!(c.second.is_some()) {
+        let place = place_of(experts_of, places, row, rows, experts, projection + 1u32, c.lookup);
+        let place = select(known, place, 0u32) as usize;
+        let sums = comptime!(c.second.unwrap_or(c.first));
+        let factors = rotated_sums(z2, row_factors2, svh2, bias2, own, rows, blocks, n, place, c.planes, sums);
+        #[unroll]
+        for i in 0..4usize {
+            values[i] *= factors[i];
+        }
     }
     #[unroll]
     for i in 0..4usize {
         let column = at % blocks * HADAMARD + lane * 4usize + i;
         if known && column < n {
-            let mut value = values[i] * factor * f32::cast_from(svh[place as usize * blocks * HADAMARD + column]);
-            if comptime!(c.bias) {
-                value += bias[place as usize * n + column];
-            }
-            out[row * n + column] = activate(value, c.activation);
+            out[row * n + column] = values[i];
         }
     }
 }
@@ -250,7 +320,7 @@ impl<R: Runtime> Order<'_, R> {
     }
 }
 
-impl<R: Runtime> Call<'_, R> {
+impl<'a, R: Runtime> Call<'a, R> {
     /// Launches the kernel of an order into `out [rows, N]`, with rotations where the weights have them.
     pub(super) fn run(
         &self,
@@ -260,19 +330,25 @@ impl<R: Runtime> Call<'_, R> {
         kernel: &ExpertKernel,
     ) -> Result<()> {
         let rotated = |bank: &Bank| bank.weight.decoder.is_trellis();
-        let Some(second) = self.second else {
-            return if rotated(self.first) {
-                self.rotated(gpu, order, out, kernel)
-            } else {
-                self.plain(gpu, order, out, kernel)
-            };
-        };
-        if !rotated(self.first) && !rotated(second) {
-            return self.plain(gpu, order, out, kernel);
-        }
-        let up = gpu.scratch(OP, DType::F32, out.dims())?;
         let single =
             |first, first_place| Call { first, first_place, second: None, activation: Activation::None, ..*self };
+        let second = match (self.second, rotated(self.first)) {
+            (None, false) => return self.plain(gpu, order, out, kernel),
+            (None, true) => {
+                let sums = self.sums(gpu, order, out.rows(), kernel)?;
+                self.rotate_output(gpu, order, &sums, None, out);
+                return Ok(());
+            }
+            (Some(second), true) if rotated(second) => {
+                let sums = single(self.first, self.first_place).sums(gpu, order, out.rows(), kernel)?;
+                let factors = single(second, self.first_place + 1).sums(gpu, order, out.rows(), kernel)?;
+                self.rotate_output(gpu, order, &sums, Some(&factors), out);
+                return Ok(());
+            }
+            (Some(second), false) if !rotated(second) => return self.plain(gpu, order, out, kernel),
+            (Some(second), _) => second,
+        };
+        let up = gpu.scratch(OP, DType::F32, out.dims())?;
         single(self.first, self.first_place).run(gpu, order, out, kernel)?;
         single(second, self.first_place + 1).run(gpu, order, &up, kernel)?;
         // SAFETY: both hold rows times columns, places [3, E].
@@ -309,28 +385,34 @@ impl<R: Runtime> Call<'_, R> {
         }
     }
 
-    /// One projection between its rotations.
-    fn rotated(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>, kernel: &ExpertKernel) -> Result<()> {
-        let rows = out.rows();
+    /// The sums of the first projection, an EXL3 one, before the last rotation.
+    fn sums(&self, gpu: &Gpu<R>, order: &Order<'_, R>, rows: usize, kernel: &ExpertKernel) -> Result<Sums<'a, R>> {
+        let bank = self.first;
+        if let (&Order::Assignments { ids, slots, .. }, ExpertStrategy::Parallel) = (order, kernel.strategy) {
+            let (places, first_place) = (&self.group.places, self.first_place);
+            let assigned = AssignedRows { ids, slots, places, first_place, experts: self.experts };
+            if let Some(z) = multiply_assigned(gpu, OP, &bank.weight, self.x, &assigned)? {
+                return Ok(Sums { bank, z, factors: None });
+            }
+        }
         let features = self.features.next_multiple_of(HADAMARD);
         let x = gpu.scratch(OP, DType::F32, &[rows, features])?;
         self.rotate_input(gpu, order, &x);
         if let (Order::Sorted { rows, .. }, ExpertStrategy::Tensor) = (order, kernel.strategy) {
             let rows = self.expert_rows(rows, 0, None);
-            let (z, factors) = multiply_experts(gpu, OP, &self.first.weight, kernel.tile_m, &x, &rows)?;
-            self.rotate_output(gpu, order, &z, Some(&factors), out);
-            return Ok(());
+            let (z, factors) = multiply_experts(gpu, OP, &bank.weight, kernel.tile_m, &x, &rows)?;
+            return Ok(Sums { bank, z, factors: Some(factors) });
         }
         let columns = self.columns.next_multiple_of(HADAMARD);
         let z = gpu.scratch(OP, DType::F32, &[rows, columns])?;
         let inner = Call { x: &x, second: None, activation: Activation::None, features, columns, ..*self };
         let own = match order {
-            Order::Assignments { ids, check, .. } => Order::Assignments { ids, slots: 1, check: *check },
+            // The last rotation checks the ids.
+            Order::Assignments { ids, .. } => Order::Assignments { ids, slots: 1, check: false },
             Order::Sorted { rows, .. } => Order::Sorted { rows, slots: None },
         };
         inner.plain(gpu, &own, &z, kernel)?;
-        self.rotate_output(gpu, order, &z, None, out);
-        Ok(())
+        Ok(Sums { bank, z, factors: None })
     }
 
     fn rotate_input(&self, gpu: &Gpu<R>, order: &Order<'_, R>, out: &Tensor<Gpu<R>>) {
@@ -362,44 +444,85 @@ impl<R: Runtime> Call<'_, R> {
         }
     }
 
+    /// Enqueues [`rotate_expert_output`].
     fn rotate_output(
         &self,
         gpu: &Gpu<R>,
         order: &Order<'_, R>,
-        z: &Tensor<Gpu<R>>,
-        row_factors: Option<&Buffer>,
+        first: &Sums<'_, R>,
+        second: Option<&Sums<'_, R>>,
         out: &Tensor<Gpu<R>>,
     ) {
-        let (rows, blocks) = (z.rows(), z.columns() / HADAMARD);
-        let late_bias = self.first.late_bias.as_ref();
+        let (rows, blocks) = (out.rows(), first.z.columns() / HADAMARD);
+        let (check, top_k) = match order {
+            Order::Assignments { ids, check, .. } => (*check, ids.columns()),
+            Order::Sorted { .. } => (false, 1),
+        };
         let config = OutputConfig {
             lookup: order.lookup(),
-            factors: row_factors.is_some(),
-            bias: late_bias.is_some(),
+            first: first.config(rows),
+            second: second.map(|sums| sums.config(rows)),
             activation: self.activation,
             planes: has_planes(gpu),
+            check,
         };
-        // SAFETY: z holds the rotated rows, the factors one each, out rows times columns, the bank's zero points svh of all its
-        // experts, places [3, E]; rows of other banks' experts are passed over.
+        let unread = || [(); 4].map(|()| gpu.unread());
+        let [z, factors, svh, bias] = first.args(gpu, rows);
+        let [z2, factors2, svh2, bias2] = second.map_or_else(unread, |sums| sums.args(gpu, rows));
+        // SAFETY: z hold slices of the rotated rows, the factors one each, out rows times columns, the banks' zero points svh
+        // of all their experts, places [3, E]; rows of other banks' experts are passed over.
         unsafe {
             rotate_expert_output::launch_unchecked::<R>(
                 gpu.client(),
                 cubes((rows * blocks).div_ceil(BLOCKS)),
                 units(),
-                z.buffer().arg(z.elements() / 4),
-                row_factors.map_or_else(|| gpu.unread(), |factors| factors.arg(rows)),
+                z,
+                factors,
+                svh,
+                bias,
+                z2,
+                factors2,
+                svh2,
+                bias2,
                 order.experts_of(),
                 self.group.places.arg(3 * self.experts),
-                self.first.weight.zeros.arg(self.first.weight.zero_count),
-                late_bias.map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
                 out.buffer().arg(out.elements()),
+                gpu.faults(),
                 rows as u32,
                 self.columns as u32,
                 blocks as u32,
+                top_k as u32,
                 self.experts as u32,
                 self.first_place as u32,
                 config,
             );
         }
+    }
+}
+
+/// The products of rows with a bank's weights, before the last rotation.
+struct Sums<'a, R: Runtime> {
+    bank: &'a Bank,
+    /// `[slices, rows, N padded]`.
+    z: Tensor<Gpu<R>>,
+    /// `[rows]`, by which to multiply them.
+    factors: Option<Buffer>,
+}
+
+impl<R: Runtime> Sums<'_, R> {
+    fn config(&self, rows: usize) -> SumsConfig {
+        let (factors, bias) = (self.factors.is_some(), self.bank.late_bias.is_some());
+        SumsConfig { slices: self.z.rows() / rows, factors, bias }
+    }
+
+    /// z, row factors, svh and bias.
+    fn args(&self, gpu: &Gpu<R>, rows: usize) -> [BufferArg<R>; 4] {
+        let (weight, late_bias) = (&self.bank.weight, self.bank.late_bias.as_ref());
+        [
+            self.z.buffer().arg(self.z.elements() / 4),
+            self.factors.as_ref().map_or_else(|| gpu.unread(), |factors| factors.arg(rows)),
+            weight.zeros.arg(weight.zero_count),
+            late_bias.map_or_else(|| gpu.unread(), |(bias, len)| bias.arg(*len)),
+        ]
     }
 }

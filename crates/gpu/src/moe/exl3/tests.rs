@@ -53,8 +53,16 @@ fn grouped(n: usize, k: usize, seed: u32) -> Weight {
     Weight::quantized(QuantizedMatrix::encode(scheme, &values(n * k, seed), n, k).unwrap()).unwrap()
 }
 
+/// Those of gate, up and down.
+const CODEBOOKS: [Codebook; 3] = [Codebook::Mcg, Codebook::Mul1, Codebook::ThreeInst];
+
 /// Gate, up and down differ, and the last expert may have one projection of another format.
-fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], other: Option<ExpertProjection>) -> ExpertStack<D> {
+fn experts<D: MoeOps>(
+    d: &D,
+    [hidden, intermediate]: [usize; 2],
+    codebooks: [Codebook; 3],
+    other: Option<ExpertProjection>,
+) -> ExpertStack<D> {
     let expert = |e: usize| {
         let seed = 100 * e as u32;
         let weight = |projection, codebook, bits, [n, k]: [usize; 2], seed| match other {
@@ -63,9 +71,9 @@ fn experts<D: MoeOps>(d: &D, [hidden, intermediate]: [usize; 2], other: Option<E
         };
         let (up_sizes, down_sizes) = ([intermediate, hidden], [hidden, intermediate]);
         ExpertWeights {
-            gate: weight(ExpertProjection::Gate, Codebook::Mcg, 3, up_sizes, seed),
-            up: weight(ExpertProjection::Up, Codebook::Mul1, 4, up_sizes, seed + 10),
-            down: weight(ExpertProjection::Down, Codebook::ThreeInst, 2 + e as u32, down_sizes, seed + 20),
+            gate: weight(ExpertProjection::Gate, codebooks[0], 3, up_sizes, seed),
+            up: weight(ExpertProjection::Up, codebooks[1], 4, up_sizes, seed + 10),
+            down: weight(ExpertProjection::Down, codebooks[2], 2 + e as u32, down_sizes, seed + 20),
         }
     };
     ExpertStack::new(d, (0..EXPERTS).map(expert).collect()).unwrap()
@@ -83,20 +91,23 @@ struct Case {
     /// The projection of another format.
     other: Option<ExpertProjection>,
     x: DType,
+    codebooks: [Codebook; 3],
+    ids: Vec<u32>,
 }
 
 impl Case {
     fn of_tokens(tokens: usize) -> Self {
-        Self { tokens, sizes: [HIDDEN, INTERMEDIATE], other: Some(ExpertProjection::Up), x: DType::F16 }
+        let (sizes, other) = ([HIDDEN, INTERMEDIATE], Some(ExpertProjection::Up));
+        Self { tokens, sizes, other, x: DType::F16, codebooks: CODEBOOKS, ids: ids(tokens) }
     }
 
     fn run<D: MoeOps>(&self, d: &D, run: impl Fn(&D, ExpertMlpArgs<'_, D>) -> Result<()>) -> Result<Vec<f64>> {
         let (tokens, hidden) = (self.tokens, self.sizes[0]);
         let x = d.upload(&HostTensor::from_f32_as(self.x, &[tokens, hidden], &values(tokens * hidden, 1))?)?;
-        let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &ids(tokens))?)?;
+        let ids = d.upload(&HostTensor::from_u32(&[tokens, 2], &self.ids)?)?;
         let weights = d.upload(&HostTensor::from_f32(&[tokens, 2], &values(tokens * 2, 2))?)?;
         let mut out = d.upload(&HostTensor::from_f32(&[tokens, hidden], &vec![f32::NAN; tokens * hidden])?)?;
-        let experts = &experts(d, self.sizes, self.other);
+        let experts = &experts(d, self.sizes, self.codebooks, self.other);
         let (activation, residual) = (Activation::Silu, Residual::None);
         run(d, ExpertMlpArgs { x: &x, ids: &ids, weights: &weights, experts, activation, residual, out: &mut out })?;
         d.read_f64(&out)
@@ -118,6 +129,47 @@ fn mlps_agree() {
             let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
             let error = relative_norm(&found, &expected);
             assert!(error < 1e-5, "{tokens} tokens, another {other:?}, {kernel:?}: {error:e}");
+        }
+    }
+}
+
+/// Rows that are not sorted, in the mode that rounds: of one slice and of several, with padding and without, and next to
+/// another format.
+#[test]
+fn few_rows_are_rounded_as_the_format_grants() {
+    let gpu = gpu().with_exact(false);
+    let bound = if gpu.has_modes() { 8e-4 } else { 1e-5 };
+    let mul1 = [Codebook::Mul1; 3];
+    for (tokens, sizes, codebooks, other, x) in [
+        (1, [HIDDEN, INTERMEDIATE], mul1, None, DType::F32),
+        (2, [HIDDEN, INTERMEDIATE], mul1, Some(ExpertProjection::Down), DType::F16),
+        (4, [512, 1024], mul1, None, DType::F32),
+        (3, [640, 1300], mul1, Some(ExpertProjection::Gate), DType::BF16),
+        (4, [640, 300], CODEBOOKS, None, DType::F32),
+    ] {
+        let case = Case { sizes, codebooks, other, x, ..Case::of_tokens(tokens) };
+        let found = case.run(&gpu, |d, args| d.moe_expert_mlp(args)).unwrap();
+        let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
+        let what = format!("{tokens} tokens of {x:?}, {sizes:?} {codebooks:?}, another {other:?}");
+        assert_rows(&what, &found, &expected, sizes[0], bound);
+    }
+}
+
+/// Whatever computes the first projection.
+#[test]
+fn wrong_ids_are_reported() {
+    for (exact, codebook) in [(true, Codebook::Mul1), (false, Codebook::Mul1), (false, Codebook::Mcg)] {
+        let gpu = gpu().with_exact(exact);
+        for (ids, reason) in
+            [([0, 1, 2, EXPERTS as u32], "[3] is no expert"), ([0, 1, 2, 2], "[3] names an expert of its token again")]
+        {
+            let case = Case { codebooks: [codebook; 3], ids: ids.into(), ..Case::of_tokens(2) };
+            match case.run(&gpu, |d, args| d.moe_expert_mlp(args)) {
+                Err(OpError::Value { operand: "ids", reason: found, .. }) => assert!(found.contains(reason), "{found}"),
+                other => panic!("{ids:?}: {other:?}"),
+            }
+            // The next call starts afresh.
+            Case::of_tokens(2).run(&gpu, |d, args| d.moe_expert_mlp(args)).unwrap();
         }
     }
 }
@@ -161,7 +213,7 @@ fn tensor_cores_agree() {
         (9, padded, None, DType::F32, None),
         (300, whole, up, DType::F32, None),
     ] {
-        let case = Case { tokens, sizes, other, x };
+        let case = Case { sizes, other, x, ..Case::of_tokens(tokens) };
         let found = case.run(&gpu, |d, args| match kernel {
             Some(kernel) => d.moe_expert_mlp_with(args, &kernel),
             None => d.moe_expert_mlp(args),
@@ -170,7 +222,7 @@ fn tensor_cores_agree() {
         let error = relative_norm(&found.unwrap(), &expected);
         assert!(error < 1e-5, "{tokens} tokens of {x:?}, another {other:?}, {kernel:?}: {error:e}");
     }
-    let case = Case { tokens: 8, sizes: whole, other: None, x: DType::F32 };
+    let case = Case { sizes: whole, other: None, x: DType::F32, ..Case::of_tokens(8) };
     match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(128))) {
         Err(OpError::Unsupported { what, .. }) => assert!(what.contains("tiles of 128 rows"), "{what}"),
         other => panic!("{other:?}"),
@@ -190,7 +242,7 @@ fn sorted_rows_of_one_projection() {
         let unwritten = vec![f32::NAN; 2 * tokens * n];
         let mut out = d.upload(&HostTensor::from_f32(&[2 * tokens, n], &unwritten).unwrap()).unwrap();
         let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
-        let experts = &experts(d, [HIDDEN, INTERMEDIATE], Some(ExpertProjection::Up));
+        let experts = &experts(d, [HIDDEN, INTERMEDIATE], CODEBOOKS, Some(ExpertProjection::Up));
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }

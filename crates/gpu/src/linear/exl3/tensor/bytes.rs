@@ -7,6 +7,8 @@
 //! A fragment of `m16n8k32` has for each lane and register one state of its column of weights, and for the 8-column operand
 //! one byte of x four times. Its columns are `[row, digit]`, three digits and an unused place for each row. A plane rotates
 //! the block that it multiplies, so that planes wait for each other only when their sums are added up.
+//!
+//! The few rows of experts that decoded tokens chose are multiplied in the same way, each alone.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::ElemType;
@@ -14,17 +16,20 @@ use cubecl::prelude::*;
 use half::f16;
 use marlin_formats::DType;
 use marlin_formats::exl3::{Codebook, HADAMARD};
-use marlin_ops::Result;
+use marlin_ops::{Result, Tensor};
 
 use super::check_shared;
+use super::experts::AssignedRows;
 use super::fragment::{Constants, Lane, align, lane_bytes, lane_word, new_lane};
 use super::parts::{Parts, inverse, power};
 use super::rows::{BLOCK_ROWS, SUMS, TILES, WIDTH, load_raw};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
+use crate::element::Storage;
 use crate::linear::exl3::rotate::{self, LANES, transform};
 use crate::linear::grid;
 use crate::linear::operands::{Input, Product};
+use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
 
 /// Planes of a cube, each with a Hadamard block.
@@ -70,8 +75,11 @@ const ZERO: f32 = Codebook::MUL1_MIDDLE - 510.0 * Codebook::MUL1_STEP;
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 struct BytesConfig {
     trellis: Trellis,
+    /// Rows of a cube.
     rows: usize,
     input: Input,
+    /// Cubes have an assignment each, with the weight of its expert.
+    experts: bool,
 }
 
 impl BytesConfig {
@@ -85,8 +93,48 @@ impl BytesConfig {
     }
 }
 
-/// `partials [slice, rows, 16 tile_columns]` of x `[rows, k]`; cubes `[columns, slices]`. Slices have [`PLANES`] Hadamard
-/// blocks.
+/// Where a cube's rows and its weight begin.
+#[derive(CubeType)]
+struct Origin {
+    /// Among the rows of x, of which there are `x_rows`.
+    x: usize,
+    x_rows: usize,
+    /// Among those of a slice of the sums, which has `rows`.
+    row: usize,
+    rows: usize,
+    /// The place of the weight among others; [`u32::MAX`] if there is none.
+    place: u32,
+}
+
+/// The origin of a cube: of experts, assignment [`CUBE_POS_Z`] has row `assignment / slots` of x.
+#[cube]
+fn origin(
+    ids: &[u32],
+    places: &[u32],
+    assignments: u32,
+    slots: u32,
+    experts: u32,
+    first_place: u32,
+    #[comptime] c: BytesConfig,
+) -> Origin {
+    let mut origin =
+        Origin { x: 0usize, x_rows: c.rows.runtime(), row: 0usize, rows: c.rows.runtime(), place: 0u32.runtime() };
+    if comptime!(c.experts) {
+        let expert = ids[CUBE_POS_Z as usize];
+        origin.x = (CUBE_POS_Z / slots) as usize;
+        origin.x_rows = (assignments / slots) as usize;
+        origin.row = CUBE_POS_Z as usize;
+        origin.rows = assignments as usize;
+        origin.place = u32::MAX.runtime();
+        if expert < experts {
+            origin.place = places[(first_place * experts + expert) as usize];
+        }
+    }
+    origin
+}
+
+/// `partials [slice, rows, 16 tile_columns]` of x `[rows, k]`; cubes `[columns, slices, assignments]`. Slices have [`PLANES`]
+/// Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
 fn multiply_bytes<X: Numeric, G: Numeric>(
@@ -95,7 +143,13 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
     gamma: &[G],
     row_factors: &[f32],
     suh: &[f16],
+    ids: &[u32],
+    places: &[u32],
     partials: &mut [f32],
+    assignments: u32,
+    slots: u32,
+    experts: u32,
+    first_place: u32,
     k: u32,
     blocks: u32,
     tile_columns: u32,
@@ -104,6 +158,12 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
     #[comptime] c: BytesConfig,
     #[define(X, G)] _elements: [ElemType; 2],
 ) {
+    let origin = origin(ids, places, assignments, slots, experts, first_place, c);
+    if comptime!(c.experts) {
+        if origin.place == u32::MAX {
+            terminate!();
+        }
+    }
     let unit = UNIT_POS_X as usize;
     let plane = UNIT_POS_Y as usize;
     let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_slice(comptime!(PLANES * c.staged()));
@@ -122,7 +182,11 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
         let lane = new_lane(&constants, c.trellis);
         // Words have indices of 32 bits; only the sum with the address has 64.
         let hop = tile_columns * comptime!(c.trellis.tile_words() as u32);
-        let first = (block * BLOCK_ROWS) as u32 * hop + CUBE_POS_X * comptime!((TILES * c.trellis.tile_words()) as u32);
+        let mut tile_row = (block * BLOCK_ROWS) as u32;
+        if comptime!(c.experts) {
+            tile_row += origin.place * blocks * comptime!(BLOCK_ROWS as u32);
+        }
+        let first = tile_row * hop + CUBE_POS_X * comptime!((TILES * c.trellis.tile_words()) as u32);
         let mut next = Array::<u32>::new(comptime!(c.trellis.lane_words()));
         #[unroll]
         for i in 0..comptime!(c.trellis.lane_words()) {
@@ -134,7 +198,24 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
             load_tile(words, &next, &mut loaded, tile, c.trellis);
         }
         let own = plane * comptime!(c.staged());
-        stage_rows::<X, G>(x, gamma, row_factors, suh, &mut stage, &mut scales, block, k as usize, gamma_offset, c);
+        let mut first_suh = 0usize;
+        if comptime!(c.experts) {
+            first_suh = (origin.place * blocks) as usize * HADAMARD;
+        }
+        stage_rows::<X, G>(
+            x,
+            gamma,
+            row_factors,
+            suh,
+            &mut stage,
+            &mut scales,
+            &origin,
+            first_suh,
+            block,
+            k as usize,
+            gamma_offset,
+            c,
+        );
         sync_plane();
         // The unused column has a digit again.
         let digit = select(unit / 4usize % COLUMNS < DIGITS, unit / 4usize % COLUMNS, 0usize);
@@ -160,7 +241,7 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
         shared[(plane * SUMS + i) * LANES + unit] = products.index(comptime!(i / 2))[comptime!(i % 2)];
     }
     sync_cube();
-    write_sums(&shared, &scales, partials, tile_columns as usize * SIDE, c);
+    write_sums(&shared, &scales, partials, &origin, tile_columns as usize * SIDE, c);
 }
 
 /// Rotates a block of each row and puts it and its scales into the shared memory of the plane.
@@ -173,6 +254,8 @@ fn stage_rows<X: Numeric, G: Numeric>(
     suh: &[f16],
     stage: &mut Shared<[Vector<u32, Const<2>>]>,
     scales: &mut Shared<[Vector<f32, Const<2>>]>,
+    origin: &Origin,
+    first_suh: usize,
     block: usize,
     k: usize,
     gamma_offset: f32,
@@ -186,9 +269,10 @@ fn stage_rows<X: Numeric, G: Numeric>(
             gamma,
             row_factors,
             suh,
-            row,
+            origin.x + row,
+            first_suh,
             block * HADAMARD,
-            comptime!(c.rows).runtime(),
+            origin.x_rows,
             k,
             gamma_offset,
             c.input,
@@ -326,6 +410,7 @@ fn write_sums(
     shared: &Shared<[Vector<i32, Const<2>>]>,
     scales: &Shared<[Vector<f32, Const<2>>]>,
     partials: &mut [f32],
+    origin: &Origin,
     n: usize,
     #[comptime] c: BytesConfig,
 ) {
@@ -346,7 +431,7 @@ fn write_sums(
             let scale = scales[row + comptime!(plane * c.rows)];
             value += whole * scale.extract(0usize) + scale.extract(1usize);
         }
-        let at = (CUBE_POS_Y as usize * comptime!(c.rows) + row) * n + CUBE_POS_X as usize * WIDTH;
+        let at = (CUBE_POS_Y as usize * origin.rows + origin.row + row) * n + CUBE_POS_X as usize * WIDTH;
         partials[at + column] = value;
         sum += comptime!(LANES * PLANES);
     }
@@ -358,6 +443,11 @@ pub(super) fn takes<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis:
     trellis.codebook == Codebook::Mul1 && rounds && product.x.rows() <= MOST_ROWS
 }
 
+/// Whether the kernel takes rows of experts with such a weight.
+pub(super) fn takes_experts<R: Runtime>(gpu: &Gpu<R>, weight: &GpuWeight, trellis: Trellis) -> bool {
+    trellis.codebook == Codebook::Mul1 && !gpu.is_exact() && u32::try_from(weight.word_count).is_ok()
+}
+
 /// Enqueues the product with a trellis; `factors` are the row factors of its norm.
 pub(super) fn launch<R: Runtime>(
     gpu: &Gpu<R>,
@@ -365,37 +455,106 @@ pub(super) fn launch<R: Runtime>(
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
-    let (rows, weight) = (product.x.rows(), product.weight);
-    let config = BytesConfig { trellis, rows, input: product.input() };
-    check_shared(gpu, product.operation, config.shared_bytes())?;
-    let (blocks, n) = (weight.padded_in() / HADAMARD, weight.padded_out());
-    let slices = blocks.div_ceil(PLANES);
-    let partials = gpu.scratch(product.operation, DType::F32, &[slices, rows, n])?;
-    let count = grid(gpu, product.operation, [n / WIDTH, slices, 1])?;
     let [x_element, gamma_element, ..] = product.elements();
-    // SAFETY: x holds the rows of k, gamma and the factors k and the rows where they are read; features are compared with k.
-    // suh and the words hold all blocks, with which planes compare theirs; N padded is a multiple of a cube's columns, so
-    // `partials` hold all sums.
-    unsafe {
-        multiply_bytes::launch_unchecked::<R>(
-            gpu.client(),
-            count,
-            CubeDim::new_2d(LANES as u32, PLANES as u32),
-            weight.words_arg(1),
-            product.x_arg(),
-            product.gamma_arg(gpu),
-            factors.map_or_else(|| gpu.unread(), |factors| factors.arg(rows)),
-            weight.scales_arg(1),
-            partials.buffer().arg(partials.elements()),
-            weight.in_features as u32,
-            blocks as u32,
-            (n / SIDE) as u32,
-            product.norm_scalars().0,
-            trellis.constants(),
-            config,
-            [x_element, gamma_element],
-        );
-    }
-    rotate::output(gpu, product, &partials, slices, None);
+    let job = Job {
+        operation: product.operation,
+        x: product.x,
+        weight: product.weight,
+        config: BytesConfig { trellis, rows: product.x.rows(), input: product.input(), experts: false },
+        assigned: None,
+    };
+    let norm = Norm {
+        gamma: product.gamma_arg(gpu),
+        factors: factors.map_or_else(|| gpu.unread(), |factors| factors.arg(product.x.rows())),
+        offset: product.norm_scalars().0,
+        elements: [x_element, gamma_element],
+    };
+    let partials = job.launch(gpu, norm)?;
+    rotate::output(gpu, product, &partials, job.slices(), None);
     Ok(())
+}
+
+/// Enqueues the products of rows with the weights of a bank, one behind the other with N and K of one, into
+/// `[slices, assignments, N padded]`, which still is to be rotated. Rows of experts without a place are not written.
+pub(super) fn multiply_experts<R: Runtime>(
+    gpu: &Gpu<R>,
+    operation: &'static str,
+    (weight, trellis): (&GpuWeight, Trellis),
+    x: &Tensor<Gpu<R>>,
+    assigned: &AssignedRows<'_, R>,
+) -> Result<Tensor<Gpu<R>>> {
+    let input = Input { x: Storage::of(x.dtype()), gamma: None };
+    let config = BytesConfig { trellis, rows: 1, input, experts: true };
+    let element = input.x.elem();
+    let norm = Norm { gamma: gpu.unread(), factors: gpu.unread(), offset: 0.0, elements: [element, element] };
+    Job { operation, x, weight, config, assigned: Some(assigned) }.launch(gpu, norm)
+}
+
+/// A launch of [`multiply_bytes`].
+struct Job<'a, R: Runtime> {
+    operation: &'static str,
+    x: &'a Tensor<Gpu<R>>,
+    weight: &'a GpuWeight,
+    config: BytesConfig,
+    assigned: Option<&'a AssignedRows<'a, R>>,
+}
+
+/// What the kernel reads of an input norm, and the elements of x and gamma.
+struct Norm<R: Runtime> {
+    gamma: BufferArg<R>,
+    factors: BufferArg<R>,
+    offset: f32,
+    elements: [ElemType; 2],
+}
+
+impl<R: Runtime> Job<'_, R> {
+    fn blocks(&self) -> usize {
+        self.weight.padded_in() / HADAMARD
+    }
+
+    fn slices(&self) -> usize {
+        self.blocks().div_ceil(PLANES)
+    }
+
+    /// Enqueues the kernel: the sums of slices.
+    fn launch(&self, gpu: &Gpu<R>, norm: Norm<R>) -> Result<Tensor<Gpu<R>>> {
+        let (config, weight) = (self.config, self.weight);
+        check_shared(gpu, self.operation, config.shared_bytes())?;
+        let (n, slices) = (weight.padded_out(), self.slices());
+        let assignments = self.assigned.map_or(1, |assigned| assigned.ids.elements());
+        let partials = gpu.scratch(self.operation, DType::F32, &[slices, assignments * config.rows, n])?;
+        let count = grid(gpu, self.operation, [n / WIDTH, slices, assignments])?;
+        let unread = || gpu.unread();
+        // SAFETY: x holds the rows of k, gamma and the factors k and the rows where they are read; features are compared with
+        // k. suh and the words hold all blocks, with which planes compare theirs, of an expert's place in the bank where there
+        // are experts; ids hold the assignments, whose rows x has for each of `slots`, and places [3, experts]. N padded is a
+        // multiple of a cube's columns, so `partials` hold all sums.
+        unsafe {
+            multiply_bytes::launch_unchecked::<R>(
+                gpu.client(),
+                count,
+                CubeDim::new_2d(LANES as u32, PLANES as u32),
+                weight.words_arg(1),
+                self.x.buffer().arg(self.x.elements()),
+                norm.gamma,
+                norm.factors,
+                weight.scales_arg(1),
+                self.assigned.map_or_else(unread, |assigned| assigned.ids.buffer().arg(assignments)),
+                self.assigned.map_or_else(unread, |assigned| assigned.places.arg(3 * assigned.experts)),
+                partials.buffer().arg(partials.elements()),
+                assignments as u32,
+                self.assigned.map_or(1, |assigned| assigned.slots) as u32,
+                self.assigned.map_or(0, |assigned| assigned.experts) as u32,
+                self.assigned.map_or(0, |assigned| assigned.first_place) as u32,
+                weight.in_features as u32,
+                self.blocks() as u32,
+                (n / SIDE) as u32,
+                norm.offset,
+                config.trellis.constants(),
+                config,
+                norm.elements,
+            );
+        }
+        Ok(partials)
+    }
 }

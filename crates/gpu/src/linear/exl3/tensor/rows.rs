@@ -299,7 +299,8 @@ fn stage_rows<X: Numeric, G: Numeric>(
         if comptime!(c.raw.is_some()) {
             let first = (begin + block * BLOCK_ROWS) * SIDE;
             let input = comptime!(c.raw.unwrap());
-            let mut values = load_raw::<X, G>(x, gamma, row_factors, suh, row, first, m, k, gamma_offset, input);
+            let mut values =
+                load_raw::<X, G>(x, gamma, row_factors, suh, row, 0usize, first, m, k, gamma_offset, input);
             transform(&mut values, true);
             stage_raw(&values, stage, &mut largest, row, block, c);
         } else {
@@ -314,7 +315,8 @@ fn stage_rows<X: Numeric, G: Numeric>(
     largest
 }
 
-/// A lane's values of a block of a row, to be rotated; the block's features are those from `first` on.
+/// A lane's values of a block of a row, to be rotated; the block's features are those from `first` on, and the weight's `suh`
+/// begin at `first_suh`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn load_raw<X: Numeric, G: Numeric>(
@@ -323,6 +325,7 @@ pub(super) fn load_raw<X: Numeric, G: Numeric>(
     row_factors: &[f32],
     suh: &[f16],
     row: usize,
+    first_suh: usize,
     first: usize,
     m: usize,
     k: usize,
@@ -342,7 +345,7 @@ pub(super) fn load_raw<X: Numeric, G: Numeric>(
         let at = select(inside, row * k + feature, 0usize);
         let value = load_input::<X, G>(x, gamma, at, select(inside, feature, 0usize), gamma_offset, input);
         // suh has all of K padded.
-        values[i] = select(inside, value * f32::cast_from(suh[feature]) * factor, f32::new(0.0));
+        values[i] = select(inside, value * f32::cast_from(suh[first_suh + feature]) * factor, f32::new(0.0));
     }
     values
 }
