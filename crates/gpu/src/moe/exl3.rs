@@ -389,8 +389,8 @@ impl<'a, R: Runtime> Call<'a, R> {
     fn sums(&self, gpu: &Gpu<R>, order: &Order<'_, R>, rows: usize, kernel: &ExpertKernel) -> Result<Sums<'a, R>> {
         let bank = self.first;
         if let (&Order::Assignments { ids, slots, .. }, ExpertStrategy::Parallel) = (order, kernel.strategy) {
-            let (places, first_place) = (&self.group.places, self.first_place);
-            let assigned = AssignedRows { ids, slots, places, first_place, experts: self.experts };
+            let (places, projection) = (&self.group.places, self.first_place);
+            let assigned = AssignedRows { ids, slots, places, projection, experts: self.experts };
             if let Some(z) = multiply_assigned(gpu, OP, &bank.weight, self.x, &assigned)? {
                 return Ok(Sums { bank, z, factors: None });
             }

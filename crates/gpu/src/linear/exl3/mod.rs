@@ -22,8 +22,9 @@ use crate::Gpu;
 use crate::decode::{Codes, Trellis};
 use crate::weight::GpuWeight;
 use rotate::Channels;
+pub(crate) use tensor::assigned::{AssignedRows, multiply as multiply_assigned};
 pub(crate) use tensor::available as tensor_cores;
-pub(crate) use tensor::experts::{AssignedRows, multiply as multiply_experts, multiply_assigned};
+pub(crate) use tensor::experts::multiply as multiply_experts;
 pub(crate) use tensor::tile::MOST_EXPERT_ROWS;
 pub(crate) use unfold::{Rows, Unfolded, unfold};
 

@@ -18,18 +18,16 @@ use marlin_formats::DType;
 use marlin_formats::exl3::{Codebook, HADAMARD};
 use marlin_ops::{Result, Tensor};
 
+use super::assigned::{Arguments, AssignedRows, Origin, origin};
 use super::check_shared;
-use super::experts::AssignedRows;
 use super::fragment::{Constants, Lane, align, lane_bytes, lane_word, new_lane};
 use super::parts::{Parts, inverse, power};
 use super::rows::{BLOCK_ROWS, SUMS, TILES, WIDTH, load_raw};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
-use crate::element::Storage;
 use crate::linear::exl3::rotate::{self, LANES, transform};
 use crate::linear::grid;
 use crate::linear::operands::{Input, Product};
-use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
 
 /// Planes of a cube, each with a Hadamard block.
@@ -42,7 +40,7 @@ const DIGITS: usize = 3;
 const COLUMNS: usize = 4;
 
 /// Most rows: those that have columns.
-const MOST_ROWS: usize = 8 / COLUMNS;
+pub(super) const MOST_ROWS: usize = 8 / COLUMNS;
 
 /// Vectors of a block in shared memory by pair of values and digit; the last ones put digits of one row into different banks.
 const BLOCK_STRIDE: usize = 4 * BLOCK_ROWS + 4;
@@ -93,48 +91,8 @@ impl BytesConfig {
     }
 }
 
-/// Where a cube's rows and its weight begin.
-#[derive(CubeType)]
-struct Origin {
-    /// Among the rows of x, of which there are `x_rows`.
-    x: usize,
-    x_rows: usize,
-    /// Among those of a slice of the sums, which has `rows`.
-    row: usize,
-    rows: usize,
-    /// The place of the weight among others; [`u32::MAX`] if there is none.
-    place: u32,
-}
-
-/// The origin of a cube: of experts, assignment [`CUBE_POS_Z`] has row `assignment / slots` of x.
-#[cube]
-fn origin(
-    ids: &[u32],
-    places: &[u32],
-    assignments: u32,
-    slots: u32,
-    experts: u32,
-    first_place: u32,
-    #[comptime] c: BytesConfig,
-) -> Origin {
-    let mut origin =
-        Origin { x: 0usize, x_rows: c.rows.runtime(), row: 0usize, rows: c.rows.runtime(), place: 0u32.runtime() };
-    if comptime!(c.experts) {
-        let expert = ids[CUBE_POS_Z as usize];
-        origin.x = (CUBE_POS_Z / slots) as usize;
-        origin.x_rows = (assignments / slots) as usize;
-        origin.row = CUBE_POS_Z as usize;
-        origin.rows = assignments as usize;
-        origin.place = u32::MAX.runtime();
-        if expert < experts {
-            origin.place = places[(first_place * experts + expert) as usize];
-        }
-    }
-    origin
-}
-
-/// `partials [slice, rows, 16 tile_columns]` of x `[rows, k]`; cubes `[columns, slices, assignments]`. Slices have [`PLANES`]
-/// Hadamard blocks.
+/// `partials [slice, rows, 16 tile_columns]` of x `[rows, k]`; cubes `[columns, slices]`, of experts
+/// `[columns, slices, assignments]`. Slices have [`PLANES`] Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
 fn multiply_bytes<X: Numeric, G: Numeric>(
@@ -146,10 +104,10 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
     ids: &[u32],
     places: &[u32],
     partials: &mut [f32],
-    assignments: u32,
+    m: u32,
     slots: u32,
     experts: u32,
-    first_place: u32,
+    projection: u32,
     k: u32,
     blocks: u32,
     tile_columns: u32,
@@ -158,7 +116,8 @@ fn multiply_bytes<X: Numeric, G: Numeric>(
     #[comptime] c: BytesConfig,
     #[define(X, G)] _elements: [ElemType; 2],
 ) {
-    let origin = origin(ids, places, assignments, slots, experts, first_place, c);
+    let m = if comptime!(c.experts) { m as usize } else { c.rows.runtime() };
+    let origin = origin(ids, places, m, slots, experts, projection, c.experts);
     if comptime!(c.experts) {
         if origin.place == u32::MAX {
             terminate!();
@@ -437,124 +396,70 @@ fn write_sums(
     }
 }
 
-/// Whether the kernel takes the product, whose values of weights it does not round: exact products of f32 do.
-pub(super) fn takes<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis) -> bool {
-    let rounds = Parts::of(gpu, product.x.dtype()) != Parts::Split;
-    trellis.codebook == Codebook::Mul1 && rounds && product.x.rows() <= MOST_ROWS
+/// Whether the kernel takes rows of so many parts, whose values of weights it does not round: exact products of f32 do.
+pub(super) fn takes(trellis: Trellis, parts: Parts) -> bool {
+    trellis.codebook == Codebook::Mul1 && parts != Parts::Split
 }
 
-/// Whether the kernel takes rows of experts with such a weight.
-pub(super) fn takes_experts<R: Runtime>(gpu: &Gpu<R>, weight: &GpuWeight, trellis: Trellis) -> bool {
-    trellis.codebook == Codebook::Mul1 && !gpu.is_exact() && u32::try_from(weight.word_count).is_ok()
-}
-
-/// Enqueues the product with a trellis; `factors` are the row factors of its norm.
+/// Enqueues the product of at most [`MOST_ROWS`] rows with a trellis; `factors` are the row factors of its norm.
 pub(super) fn launch<R: Runtime>(
     gpu: &Gpu<R>,
     product: &Product<'_, R>,
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
-    let [x_element, gamma_element, ..] = product.elements();
-    let job = Job {
-        operation: product.operation,
-        x: product.x,
-        weight: product.weight,
-        config: BytesConfig { trellis, rows: product.x.rows(), input: product.input(), experts: false },
-        assigned: None,
-    };
-    let norm = Norm {
-        gamma: product.gamma_arg(gpu),
-        factors: factors.map_or_else(|| gpu.unread(), |factors| factors.arg(product.x.rows())),
-        offset: product.norm_scalars().0,
-        elements: [x_element, gamma_element],
-    };
-    let partials = job.launch(gpu, norm)?;
-    rotate::output(gpu, product, &partials, job.slices(), None);
+    let partials = multiply(gpu, product, trellis, factors, None)?;
+    rotate::output(gpu, product, &partials, partials.rows() / product.x.rows(), None);
     Ok(())
 }
 
-/// Enqueues the products of rows with the weights of a bank, one behind the other with N and K of one, into
-/// `[slices, assignments, N padded]`, which still is to be rotated. Rows of experts without a place are not written.
-pub(super) fn multiply_experts<R: Runtime>(
+/// Enqueues the product into `[slices, rows, N padded]`, still to be rotated; with `assigned`, of as many rows with the weights
+/// of their experts.
+pub(super) fn multiply<R: Runtime>(
     gpu: &Gpu<R>,
-    operation: &'static str,
-    (weight, trellis): (&GpuWeight, Trellis),
-    x: &Tensor<Gpu<R>>,
-    assigned: &AssignedRows<'_, R>,
+    product: &Product<'_, R>,
+    trellis: Trellis,
+    factors: Option<&Buffer>,
+    assigned: Option<&AssignedRows<'_, R>>,
 ) -> Result<Tensor<Gpu<R>>> {
-    let input = Input { x: Storage::of(x.dtype()), gamma: None };
-    let config = BytesConfig { trellis, rows: 1, input, experts: true };
-    let element = input.x.elem();
-    let norm = Norm { gamma: gpu.unread(), factors: gpu.unread(), offset: 0.0, elements: [element, element] };
-    Job { operation, x, weight, config, assigned: Some(assigned) }.launch(gpu, norm)
-}
-
-/// A launch of [`multiply_bytes`].
-struct Job<'a, R: Runtime> {
-    operation: &'static str,
-    x: &'a Tensor<Gpu<R>>,
-    weight: &'a GpuWeight,
-    config: BytesConfig,
-    assigned: Option<&'a AssignedRows<'a, R>>,
-}
-
-/// What the kernel reads of an input norm, and the elements of x and gamma.
-struct Norm<R: Runtime> {
-    gamma: BufferArg<R>,
-    factors: BufferArg<R>,
-    offset: f32,
-    elements: [ElemType; 2],
-}
-
-impl<R: Runtime> Job<'_, R> {
-    fn blocks(&self) -> usize {
-        self.weight.padded_in() / HADAMARD
+    let (x_rows, weight, experts) = (product.x.rows(), product.weight, assigned.is_some());
+    let config = BytesConfig { trellis, rows: if experts { 1 } else { x_rows }, input: product.input(), experts };
+    check_shared(gpu, product.operation, config.shared_bytes())?;
+    let (blocks, n) = (weight.padded_in() / HADAMARD, weight.padded_out());
+    let slices = blocks.div_ceil(PLANES);
+    let arguments = Arguments::new(gpu, x_rows, assigned);
+    let m = arguments.m as usize;
+    let partials = gpu.scratch(product.operation, DType::F32, &[slices, m, n])?;
+    let count = grid(gpu, product.operation, [n / WIDTH, slices, m / config.rows])?;
+    let [x_element, gamma_element, ..] = product.elements();
+    // SAFETY: x holds the rows of k, gamma and the factors k and the rows where they are read; features are compared with k.
+    // suh and the words hold all blocks, with which planes compare theirs, of all places in a bank; ids hold an expert for each
+    // of m rows, places [3, experts]. N padded is a multiple of a cube's columns, so `partials` hold all sums.
+    unsafe {
+        multiply_bytes::launch_unchecked::<R>(
+            gpu.client(),
+            count,
+            CubeDim::new_2d(LANES as u32, PLANES as u32),
+            weight.words_arg(1),
+            product.x_arg(),
+            product.gamma_arg(gpu),
+            factors.map_or_else(|| gpu.unread(), |factors| factors.arg(x_rows)),
+            weight.scales_arg(1),
+            arguments.ids,
+            arguments.places,
+            partials.buffer().arg(partials.elements()),
+            arguments.m,
+            arguments.slots,
+            arguments.experts,
+            arguments.projection,
+            weight.in_features as u32,
+            blocks as u32,
+            (n / SIDE) as u32,
+            product.norm_scalars().0,
+            trellis.constants(),
+            config,
+            [x_element, gamma_element],
+        );
     }
-
-    fn slices(&self) -> usize {
-        self.blocks().div_ceil(PLANES)
-    }
-
-    /// Enqueues the kernel: the sums of slices.
-    fn launch(&self, gpu: &Gpu<R>, norm: Norm<R>) -> Result<Tensor<Gpu<R>>> {
-        let (config, weight) = (self.config, self.weight);
-        check_shared(gpu, self.operation, config.shared_bytes())?;
-        let (n, slices) = (weight.padded_out(), self.slices());
-        let assignments = self.assigned.map_or(1, |assigned| assigned.ids.elements());
-        let partials = gpu.scratch(self.operation, DType::F32, &[slices, assignments * config.rows, n])?;
-        let count = grid(gpu, self.operation, [n / WIDTH, slices, assignments])?;
-        let unread = || gpu.unread();
-        // SAFETY: x holds the rows of k, gamma and the factors k and the rows where they are read; features are compared with
-        // k. suh and the words hold all blocks, with which planes compare theirs, of an expert's place in the bank where there
-        // are experts; ids hold the assignments, whose rows x has for each of `slots`, and places [3, experts]. N padded is a
-        // multiple of a cube's columns, so `partials` hold all sums.
-        unsafe {
-            multiply_bytes::launch_unchecked::<R>(
-                gpu.client(),
-                count,
-                CubeDim::new_2d(LANES as u32, PLANES as u32),
-                weight.words_arg(1),
-                self.x.buffer().arg(self.x.elements()),
-                norm.gamma,
-                norm.factors,
-                weight.scales_arg(1),
-                self.assigned.map_or_else(unread, |assigned| assigned.ids.buffer().arg(assignments)),
-                self.assigned.map_or_else(unread, |assigned| assigned.places.arg(3 * assigned.experts)),
-                partials.buffer().arg(partials.elements()),
-                assignments as u32,
-                self.assigned.map_or(1, |assigned| assigned.slots) as u32,
-                self.assigned.map_or(0, |assigned| assigned.experts) as u32,
-                self.assigned.map_or(0, |assigned| assigned.first_place) as u32,
-                weight.in_features as u32,
-                self.blocks() as u32,
-                (n / SIDE) as u32,
-                norm.offset,
-                config.trellis.constants(),
-                config,
-                norm.elements,
-            );
-        }
-        Ok(partials)
-    }
+    Ok(partials)
 }

@@ -1,48 +1,16 @@
-//! Rows times the trellis weights of their experts: sorted by expert, [`super::tile`] with tiles of rows of one expert, and a
-//! few in the order of their assignments, [`super::bytes`].
+//! Rows sorted by expert, each times the trellis weight of its expert: [`super::tile`] with tiles of rows of one expert.
 
 use cubecl::prelude::*;
 use marlin_formats::DType;
 use marlin_ops::{Result, Tensor};
 
 use super::parts::{self, Parts};
-use super::{available, bytes, tile};
+use super::{available, tile};
 use crate::linear::exl3::rotate::Channels;
 use crate::linear::limit;
 use crate::linear::tensor::ExpertRows;
 use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
-
-/// Rows of x in the order of assignments.
-pub(crate) struct AssignedRows<'a, R: Runtime> {
-    /// `[T, k]`: the expert of each.
-    pub(crate) ids: &'a Tensor<Gpu<R>>,
-    /// x has a row for so many of them.
-    pub(crate) slots: usize,
-    /// `[3, E]` places in banks.
-    pub(crate) places: &'a Buffer,
-    /// Number of the projection among gate, up and down.
-    pub(crate) first_place: usize,
-    pub(crate) experts: usize,
-}
-
-/// Enqueues the products of rows as they come with the weights of a bank, one behind the other with N and K of one:
-/// `[slices, assignments, N padded]`, to be added up and rotated; nothing if no kernel takes them. Rows of experts without a
-/// place are not written.
-pub(crate) fn multiply_assigned<R: Runtime>(
-    gpu: &Gpu<R>,
-    operation: &'static str,
-    weight: &GpuWeight,
-    x: &Tensor<Gpu<R>>,
-    assigned: &AssignedRows<'_, R>,
-) -> Result<Option<Tensor<Gpu<R>>>> {
-    match weight.trellis() {
-        Some(trellis) if available(gpu) && bytes::takes_experts(gpu, weight, trellis) => {
-            bytes::multiply_experts(gpu, operation, (weight, trellis), x, assigned).map(Some)
-        }
-        _ => Ok(None),
-    }
-}
 
 /// Enqueues the product of rotated f32 rows `x [rows, K padded]` with the weights of a bank, one behind the other with N and
 /// K of one: `[rows, N padded]`, and `[rows]` by which to multiply it. Rows of experts without a place are not written.

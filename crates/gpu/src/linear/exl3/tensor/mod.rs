@@ -2,6 +2,7 @@
 //! Rows are f16, or sums of two f16 ([`parts`]). One or two rows may be whole numbers of three [`bytes`], with i32 sums. Only
 //! sums of two keep the precision of f32: they are for devices in the exact mode.
 
+pub(super) mod assigned;
 mod bytes;
 pub(super) mod experts;
 mod fragment;

@@ -10,6 +10,7 @@ use marlin_formats::DType;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
+use super::assigned::{Arguments, AssignedRows, Origin, origin};
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
 use super::parts::{Parts, TOP, inverse, power};
 use super::{bytes, check_shared, operands};
@@ -60,6 +61,8 @@ struct RowsConfig {
     parts: Parts,
     /// x as it comes, to be rotated; otherwise it was.
     raw: Option<Input>,
+    /// Cubes have one row each, with the weight of its expert.
+    experts: bool,
 }
 
 impl RowsConfig {
@@ -98,7 +101,7 @@ impl RowsConfig {
     }
 }
 
-/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`. x is `[m, k]`, or `[parts, m, k]` in the order
+/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`, of experts `[columns, slices, m]`. x is `[m, k]`, or `[parts, m, k]` in the order
 /// of [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
@@ -109,8 +112,13 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
     row_factors: &[f32],
     rotated: &[Vector<u32, Const<2>>],
     suh: &[f16],
+    ids: &[u32],
+    places: &[u32],
     partials: &mut [f32],
     m: u32,
+    slots: u32,
+    experts: u32,
+    projection: u32,
     k: u32,
     tile_rows: u32,
     tile_columns: u32,
@@ -122,7 +130,13 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
 ) {
     let unit = UNIT_POS_X as usize;
     let plane = UNIT_POS_Y as usize;
-    let (m, k) = (m as usize, k as usize);
+    let origin = origin(ids, places, m as usize, slots, experts, projection, c.experts);
+    if comptime!(c.experts) {
+        if origin.place == u32::MAX {
+            terminate!();
+        }
+    }
+    let k = k as usize;
     let (tile_rows, tile_columns) = (tile_rows as usize, tile_columns as usize);
     let begin = CUBE_POS_Y as usize * slice_rows as usize;
     let mut end = begin + slice_rows as usize;
@@ -133,6 +147,9 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
     #[unroll]
     for i in 0..3usize {
         lane_words[i] = lane_word(unit, i, c.trellis) + CUBE_POS_X as usize * comptime!(TILES * c.trellis.tile_words());
+        if comptime!(c.experts) {
+            lane_words[i] += origin.place as usize * tile_rows * tile_columns * tile_words;
+        }
     }
     let mut stage = Shared::<[Vector<u32, Const<2>>]>::new_aligned_slice(comptime!(c.staged()), 16usize);
     let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -156,9 +173,9 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
         rotated,
         suh,
         &mut stage,
+        &origin,
         begin,
         end,
-        m,
         k,
         tile_rows,
         gamma_offset,
@@ -218,7 +235,7 @@ fn multiply_tiles<X: Numeric, G: Numeric>(
         shared[(plane * SUMS + i) * LANES + unit] = products.index(comptime!(i / 2))[comptime!(i % 2)];
     }
     sync_cube();
-    write_sums(&shared, &factors, partials, m, tile_columns * SIDE, c);
+    write_sums(&shared, &factors, partials, &origin, tile_columns * SIDE, c);
 }
 
 /// Loads a lane's words of a tile row, the `d`th of those loaded; a tile row from `end` on is another.
@@ -279,9 +296,9 @@ fn stage_rows<X: Numeric, G: Numeric>(
     rotated: &[Vector<u32, Const<2>>],
     suh: &[f16],
     stage: &mut Shared<[Vector<u32, Const<2>>]>,
+    origin: &Origin,
     begin: usize,
     end: usize,
-    m: usize,
     k: usize,
     tile_rows: usize,
     gamma_offset: f32,
@@ -299,13 +316,28 @@ fn stage_rows<X: Numeric, G: Numeric>(
         if comptime!(c.raw.is_some()) {
             let first = (begin + block * BLOCK_ROWS) * SIDE;
             let input = comptime!(c.raw.unwrap());
-            let mut values =
-                load_raw::<X, G>(x, gamma, row_factors, suh, row, 0usize, first, m, k, gamma_offset, input);
+            let mut first_suh = 0usize;
+            if comptime!(c.experts) {
+                first_suh = origin.place as usize * tile_rows * SIDE;
+            }
+            let mut values = load_raw::<X, G>(
+                x,
+                gamma,
+                row_factors,
+                suh,
+                origin.x + row,
+                first_suh,
+                first,
+                origin.x_rows,
+                k,
+                gamma_offset,
+                input,
+            );
             transform(&mut values, true);
             stage_raw(&values, stage, &mut largest, row, block, c);
         } else {
             let first = begin + block * BLOCK_ROWS;
-            stage_rotated(rotated, stage, row, block, first, m, tile_rows, c);
+            stage_rotated(rotated, stage, row, block, first, origin.rows, tile_rows, c);
         }
         task += comptime!(c.planes);
     }
@@ -496,10 +528,11 @@ fn write_sums(
     shared: &Shared<[Vector<f32, Const<2>>]>,
     factors: &Array<f32>,
     partials: &mut [f32],
-    m: usize,
+    origin: &Origin,
     n: usize,
     #[comptime] c: RowsConfig,
 ) {
+    let m = if comptime!(c.experts) { 1usize.runtime() } else { origin.rows };
     let mut slot = UNIT_POS as usize;
     while slot < m.div_ceil(2usize) * WIDTH {
         let (pair, column) = (slot / WIDTH, slot % WIDTH);
@@ -519,7 +552,8 @@ fn write_sums(
                     // One or two rows: those of the first pair.
                     value *= factors[comptime!(if e < c.rows { e } else { 0 })];
                 }
-                partials[(CUBE_POS_Y as usize * m + row) * n + CUBE_POS_X as usize * WIDTH + column] = value;
+                let to = CUBE_POS_Y as usize * origin.rows + origin.row + row;
+                partials[to * n + CUBE_POS_X as usize * WIDTH + column] = value;
             }
         }
         slot += comptime!(LANES * c.planes);
@@ -534,14 +568,36 @@ pub(in crate::linear::exl3) struct Plan {
 }
 
 impl Plan {
-    /// Slices and planes that fill the device evenly with about 28 planes a core.
+    /// For a product's rows.
     pub(in crate::linear::exl3) fn new<R: Runtime>(gpu: &Gpu<R>, product: &Product<'_, R>, trellis: Trellis) -> Self {
-        let m = product.x.rows();
+        Self::of(gpu, product, trellis, Parts::of(gpu, product.x.dtype()), None)
+    }
+
+    /// For so many rows with a weight each, of which the product's is the size of one.
+    pub(super) fn of_experts<R: Runtime>(
+        gpu: &Gpu<R>,
+        product: &Product<'_, R>,
+        trellis: Trellis,
+        parts: Parts,
+        assignments: usize,
+    ) -> Self {
+        Self::of(gpu, product, trellis, parts, Some(assignments))
+    }
+
+    /// Slices and planes that fill the device evenly with about 28 planes a core.
+    fn of<R: Runtime>(
+        gpu: &Gpu<R>,
+        product: &Product<'_, R>,
+        trellis: Trellis,
+        parts: Parts,
+        assignments: Option<usize>,
+    ) -> Self {
+        let m = if assignments.is_some() { 1 } else { product.x.rows() };
         let tile_rows = product.weight.padded_in() / SIDE;
         let cores = gpu.properties().hardware.num_streaming_multiprocessors.map_or(128, |cores| cores as usize);
         // More words of a tile take the registers of a second row of tiles.
         let depth = if trellis.lane_words() == 2 { 2 } else { 1 };
-        let cubes = product.weight.padded_out() / WIDTH;
+        let cubes = product.weight.padded_out() / WIDTH * assignments.unwrap_or(1);
         // The turns of the busiest core; a cube costs it about as much as six tile rows beside its own.
         let turns = |slice: &usize| (cubes * tile_rows.div_ceil(*slice)).div_ceil(cores) * (slice.min(&tile_rows) + 6);
         let lengths = (1..=MOST_STAGED / BLOCK_ROWS).map(|blocks| blocks * BLOCK_ROWS);
@@ -549,9 +605,9 @@ impl Plan {
         let slices = tile_rows.div_ceil(stage);
         let resident = (cubes * slices).div_ceil(cores).max(1);
         let planes = 1 << (28 / resident).clamp(4, 16).ilog2();
-        let (rows, parts) = (m.next_power_of_two(), Parts::of(gpu, product.x.dtype()));
+        let (rows, experts) = (m.next_power_of_two(), assignments.is_some());
         let raw = (m <= ROTATED_ROWS).then(|| product.input());
-        let config = RowsConfig { trellis, rows, stage, planes, depth, even: false, parts, raw };
+        let config = RowsConfig { trellis, rows, stage, planes, depth, even: false, parts, raw, experts };
         let config = config.within(gpu.properties().hardware.max_shared_memory_size);
         let even = tile_rows.is_multiple_of(stage) && stage.is_multiple_of(config.planes * depth);
         Self { config: RowsConfig { even, ..config }, slices }
@@ -570,7 +626,7 @@ pub(super) fn launch<R: Runtime>(
     trellis: Trellis,
     factors: Option<&Buffer>,
 ) -> Result<()> {
-    if bytes::takes(gpu, product, trellis) {
+    if product.x.rows() <= bytes::MOST_ROWS && bytes::takes(trellis, Parts::of(gpu, product.x.dtype())) {
         return bytes::launch(gpu, product, trellis, factors);
     }
     let plan = Plan::new(gpu, product, trellis);
@@ -593,6 +649,8 @@ pub(in crate::linear::exl3) enum Rows<'a, R: Runtime> {
     Raw(Option<&'a Buffer>),
     /// `[parts, M, K padded]` f16.
     Rotated(&'a Tensor<Gpu<R>>),
+    /// As they come, with the weights of their experts.
+    Assigned(&'a AssignedRows<'a, R>),
 }
 
 /// Enqueues the product into `partials [slices, M, N padded]`.
@@ -604,9 +662,12 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     partials: &Tensor<Gpu<R>>,
 ) -> Result<()> {
     check_shared(gpu, product.operation, plan.config.shared_bytes())?;
-    let (m, weight, config) = (product.x.rows(), product.weight, plan.config);
+    let (weight, config) = (product.weight, plan.config);
     let (k, n) = (weight.padded_in(), weight.padded_out());
-    let cubes = [n / WIDTH, plan.slices, 1];
+    let assigned = if let Rows::Assigned(assigned) = rows { Some(assigned) } else { None };
+    let m = product.x.rows();
+    let arguments = Arguments::new(gpu, m, assigned);
+    let cubes = [n / WIDTH, plan.slices, assigned.map_or(1, |assigned| assigned.ids.elements())];
     let count = grid(gpu, product.operation, cubes)?;
     let [x_element, gamma_element, ..] = product.elements();
     let unread = || gpu.unread();
@@ -615,6 +676,7 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             let factors = factors.map_or_else(unread, |factors| factors.arg(m));
             (product.x_arg(), product.gamma_arg(gpu), factors, unread(), [x_element, gamma_element])
         }
+        Rows::Assigned(_) => (product.x_arg(), unread(), unread(), unread(), [x_element, gamma_element]),
         Rows::Rotated(rotated) => {
             let rotated = rotated.buffer().arg(rotated.elements() / 4);
             (unread(), unread(), unread(), rotated, [ElemType::UInt(UIntKind::U32); 2])
@@ -622,7 +684,8 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     };
     // SAFETY: x holds m rows of k, suh K padded, gamma and the factors k and m where they are read, the words all tiles,
     // `partials` what it says and `rotated` the parts of m rows of K padded; tile rows are compared with those of the slice
-    // and of K, rows and features with m and k.
+    // and of K, rows and features with m and k. Of experts, the words and suh are those of all places in the bank, ids hold
+    // one for each of m rows and places [3, experts].
     unsafe {
         multiply_tiles::launch_unchecked::<R>(
             gpu.client(),
@@ -634,8 +697,13 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             factors,
             rotated,
             weight.scales_arg(1),
+            arguments.ids,
+            arguments.places,
             partials.buffer().arg(partials.elements()),
-            m as u32,
+            arguments.m,
+            arguments.slots,
+            arguments.experts,
+            arguments.projection,
             weight.in_features as u32,
             (k / SIDE) as u32,
             (n / SIDE) as u32,
@@ -667,7 +735,17 @@ mod choice {
                     .flat_map(move |parts| [4, 8, 16].map(|planes| (rows, parts, planes)))
             }) {
                 let raw = (rows <= ROTATED_ROWS).then_some(Input { x: Storage::F32, gamma: None });
-                let config = RowsConfig { trellis, rows, stage: MOST_STAGED, planes, depth: 2, even: true, parts, raw };
+                let config = RowsConfig {
+                    trellis,
+                    rows,
+                    stage: MOST_STAGED,
+                    planes,
+                    depth: 2,
+                    even: true,
+                    parts,
+                    raw,
+                    experts: false,
+                };
                 let chosen = config.within(shared);
                 let used = chosen.shared_bytes() + SHARED_BESIDE;
                 assert!(used <= shared, "{rows} rows of {parts:?} parts by {planes} planes: {used} of {shared}");
