@@ -14,7 +14,7 @@ use marlin_gpu::{Cuda, Measured};
 
 fn device(test: &str) -> Option<Cuda> {
     match marlin_gpu::cuda(None) {
-        Ok(gpu) => Some(gpu),
+        Ok(gpu) => Some(gpu.with_exact(true)),
         Err(error) => {
             std::io::stderr().write_all(format!("SKIPPED: {test}, because {error}\n").as_bytes()).unwrap();
             None

@@ -16,7 +16,7 @@ use serde_json::Value;
 /// The device, or a line past the capture of the test harness, which hides what passing tests print.
 fn device(test: &str) -> Option<Vulkan> {
     match marlin_gpu::vulkan(None) {
-        Ok(gpu) => Some(gpu),
+        Ok(gpu) => Some(gpu.with_exact(true)),
         Err(error) => {
             std::io::stderr().write_all(format!("SKIPPED: {test}, because {error}\n").as_bytes()).unwrap();
             None

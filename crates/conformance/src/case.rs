@@ -28,7 +28,7 @@ pub(crate) trait Case {
 /// What products with weights may round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Nothing that f32 holds.
+    /// Nothing of f32 activations.
     #[default]
     Exact,
     /// The default of CPUs: activations of integer formats to int8 blocks, which the oracle rounds too, and those of EXL3.

@@ -201,7 +201,7 @@ fn main() -> Result<()> {
     };
     let wanted = arguments.map(|text| text.parse()).collect::<Result<Vec<usize>, _>>().context("ROWS")?;
     let start = Instant::now();
-    let bench = Bench::new()?;
+    let bench = Bench::new(false)?;
     println!("copy {:.0} GB/s", bench.copy_rate()? / 1e9);
     let mut candidates = candidates();
     candidates.retain(|([m, ..], _)| wanted.is_empty() || wanted.contains(m));

@@ -58,13 +58,14 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
-    /// The same with f32 and bf16 activations as they are, or without: then products with EXL3 weights round them to f16 after
-    /// the rotation, and leave values of codebook mul1 unrounded, where there are tensor cores.
+    /// The device in its exact mode, or in the other one, in which it is opened. Where there are tensor cores, that one rounds f32
+    /// and bf16 activations of products with EXL3 weights to f16 after the rotation, and multiplies one or two rows with values
+    /// of codebook mul1 that are not rounded to f16. The exact mode does so with f16 activations of linear layers only.
     pub fn with_exact(self, exact: bool) -> Self {
         Self { exact, ..self }
     }
 
-    /// Whether activations of more bits than f16 are never rounded.
+    /// Whether activations with more bits than f16 keep them.
     pub(crate) fn is_exact(&self) -> bool {
         self.exact
     }

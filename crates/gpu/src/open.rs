@@ -34,7 +34,7 @@ pub type Metal = Gpu<cubecl::wgpu::WgpuRuntime>;
 #[cfg(feature = "cuda")]
 pub type Cuda = Gpu<cubecl::cuda::CudaRuntime>;
 
-/// Opens the CUDA device with this index, or the first.
+/// Opens the CUDA device with this index, or the first; [`Gpu::with_exact`] has its modes.
 ///
 /// # Errors
 /// A device error if there is no such device, no driver, or no CUDA toolkit to compile kernels with.

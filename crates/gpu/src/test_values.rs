@@ -1,4 +1,19 @@
-//! Values of tests, and how far results are off.
+//! The device of tests, their values, and how far results are off.
+
+#[cfg(feature = "cuda")]
+pub(crate) type TestDevice = crate::Cuda;
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) type TestDevice = crate::Vulkan;
+
+/// The device in its exact mode.
+pub(crate) fn exact_device() -> TestDevice {
+    #[cfg(feature = "cuda")]
+    let device = crate::cuda(None);
+    #[cfg(not(feature = "cuda"))]
+    let device = crate::vulkan(None);
+    device.unwrap().with_exact(true)
+}
 
 /// Random numbers below 2^24.
 pub(crate) fn random(count: usize, seed: u32) -> Vec<u32> {

@@ -11,7 +11,7 @@ const FAMILIES: [Family; 5] = [Family::Device, Family::Norm, Family::Rope, Famil
 #[test]
 fn operations_equal_the_oracle() {
     let gpu = match marlin_gpu::vulkan(None) {
-        Ok(gpu) => gpu,
+        Ok(gpu) => gpu.with_exact(true),
         Err(error) => {
             // Past the capture of the test harness, which hides what passing tests print.
             let line = format!("SKIPPED: conformance on Vulkan, because {error}\n");

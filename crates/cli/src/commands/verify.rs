@@ -50,7 +50,7 @@ fn open(args: &VerifyArgs, exact: bool) -> Result<Opened> {
     device::open(&DeviceArgs { device, device_index, exact, threads })
 }
 
-/// Audits the kernels of the collection, on the CPU in its exact mode.
+/// Audits the kernels of the collection, in the exact mode of the device.
 fn audit(args: &VerifyArgs) -> Result<()> {
     let rows = selected(args.kernel.as_deref())?;
     match open(args, true)? {
@@ -135,14 +135,14 @@ fn suite(args: &VerifyArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut device = String::new();
     for exact in [true, false] {
-        let options = VerifyOptions { families: args.family.map(|family| vec![family]), ..VerifyOptions::default() };
         let opened = open(args, exact)?;
         let mode = match opened.default_mode() {
             _ if exact => Mode::Exact,
             Mode::Exact => break,
             mode => mode,
         };
-        let options = VerifyOptions { mode, ..options };
+        let families = args.family.map(|family| vec![family]);
+        let options = VerifyOptions { families, mode, ..VerifyOptions::default() };
         let report = with_device!(opened, |backend| marlin_conformance::verify(&*backend, &options));
         let mode = if exact { "exact" } else { "default" };
         results.extend(

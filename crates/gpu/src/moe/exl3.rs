@@ -470,7 +470,8 @@ impl<'a, R: Runtime> Call<'a, R> {
         let [z, factors, svh, bias] = first.args(gpu, rows);
         let [z2, factors2, svh2, bias2] = second.map_or_else(unread, |sums| sums.args(gpu, rows));
         // SAFETY: z hold slices of the rotated rows, the factors one each, out rows times columns, the banks' zero points svh
-        // of all their experts, places [3, E]; rows of other banks' experts are passed over.
+        // and biases of all their experts, places [3, E], ids or offsets what the order says. Rows of other banks' experts
+        // are passed over; what they read in the place of their own is the first row, and not written.
         unsafe {
             rotate_expert_output::launch_unchecked::<R>(
                 gpu.client(),

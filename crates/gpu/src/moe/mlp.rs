@@ -27,7 +27,7 @@ pub enum ExpertStrategy {
     /// As [`ExpertStrategy::Grouped`], by the tensor-core kernels of linear layers: int4 and E2M1 with f16 scales, N a
     /// multiple of 32, K of 128; EXL3.
     Tensor,
-    /// A cube for each assignment and stretch of columns.
+    /// A cube for each assignment and stretch of columns, of EXL3 on tensor cores also of K.
     Parallel,
 }
 

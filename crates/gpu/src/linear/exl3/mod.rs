@@ -1,7 +1,7 @@
 //! EXL3 weights: rows are rotated, multiplied with the decoded tiles and rotated back.
 //!
-//! Products run on tensor cores where fragments are known, f32 and bf16 activations as sums of two f16. On other devices they
-//! have f32 operands: a kernel of the format takes few rows and the matrix kernels more.
+//! Products run on tensor cores where fragments are known, f32 and bf16 activations as f16 or, in the exact mode, as sums of two.
+//! On other devices they have f32 operands: a kernel of the format takes few rows and the matrix kernels more.
 
 pub(crate) mod rotate;
 mod rows;

@@ -9,27 +9,12 @@ use marlin_ops::{ConvertOps, Device, HostTensor, Linear, LinearOps, OpError, Res
 
 use crate::linear::tile::{Accumulate, Tile};
 use crate::linear::{Gemv, LinearKernel, TensorRows, TensorTile};
-use crate::test_values::{random, relative_norm, values};
-
-#[cfg(feature = "cuda")]
-type TestDevice = crate::Cuda;
-
-#[cfg(not(feature = "cuda"))]
-type TestDevice = crate::Vulkan;
-
-/// A device in its exact mode.
-pub(super) fn gpu() -> TestDevice {
-    #[cfg(feature = "cuda")]
-    let device = crate::cuda(None);
-    #[cfg(not(feature = "cuda"))]
-    let device = crate::vulkan(None);
-    device.unwrap().with_exact(true)
-}
+use crate::test_values::{TestDevice, exact_device, random, relative_norm, values};
 
 /// The device in each mode that it has.
 fn modes() -> Vec<TestDevice> {
-    let exact = gpu();
-    let other = exact.has_modes().then(|| gpu().with_exact(false));
+    let exact = exact_device();
+    let other = exact.has_modes().then(|| exact_device().with_exact(false));
     [exact].into_iter().chain(other).collect()
 }
 
@@ -82,7 +67,7 @@ fn layer<D: LinearOps>(
 
 #[test]
 fn weights_are_unfolded() {
-    let gpu = gpu();
+    let gpu = exact_device();
     for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits))) {
         let (n, k) = (130, 200);
         let host = weight(codebook, bits, n, k, 7);
@@ -100,7 +85,7 @@ fn weights_are_unfolded() {
 
 #[test]
 fn rows_of_an_embedding() {
-    let gpu = gpu();
+    let gpu = exact_device();
     let run = |d: &dyn Fn(&[u32]) -> Vec<f64>| d(&[129, 0, 77]);
     let host = weight(Codebook::Mcg, 6, 130, 128, 9);
     fn rows<D: LinearOps>(d: &D, host: &Weight, ids: &[u32]) -> Vec<f64> {
@@ -157,7 +142,7 @@ fn kernels_agree(gpu: &TestDevice) {
 
 #[test]
 fn kernels_of_other_formats_are_refused() {
-    let gpu = gpu();
+    let gpu = exact_device();
     let linear = Linear::new(&gpu, weight(Codebook::Mcg, 4, 128, 128, 17)).unwrap();
     let x = gpu.upload(&HostTensor::from_f32_as(DType::F16, &[2, 128], &values(256, 2)).unwrap()).unwrap();
     let (planes_k, slices) = (1, 1);
@@ -289,7 +274,7 @@ fn rows_of_f32_keep_their_precision() {
 /// f16 rows of different sizes that are multiplied together do not change each other, nor does what is not finite.
 #[test]
 fn rows_of_f16_are_apart() {
-    let (gpu, oracle) = (gpu(), Oracle::new());
+    let (gpu, oracle) = (exact_device(), Oracle::new());
     let bound = bound(&gpu, None, DType::F16);
     for (bits, n, k) in [(3, 130, 1000), (7, 256, 512)] {
         let host = Weight::exl3(matrix(Codebook::Mul1, bits, n, k, 61)).unwrap();
@@ -368,7 +353,7 @@ type CudaTensor = marlin_ops::Tensor<crate::Cuda>;
 fn tensor_cores_decode_exactly() {
     use super::tensor::{rows, tile};
     use crate::linear::operands::{Combine, Product};
-    let gpu = gpu();
+    let gpu = exact_device();
     let k = 256;
     let rates = Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits)));
     // Cubes of 128 columns and, where weights were decoded before, of 256.

@@ -8,22 +8,7 @@ use marlin_ops::oracle::Oracle;
 use marlin_ops::{ExpertProjection, ExpertStack, ExpertWeights, HostTensor, MoeOps, OpError, Result, Weight};
 
 use crate::moe::{ExpertKernel, ExpertStrategy};
-use crate::test_values::{assert_rows, random, relative_norm, values};
-
-#[cfg(feature = "cuda")]
-type TestDevice = crate::Cuda;
-
-#[cfg(not(feature = "cuda"))]
-type TestDevice = crate::Vulkan;
-
-/// A device in its exact mode.
-fn gpu() -> TestDevice {
-    #[cfg(feature = "cuda")]
-    let device = crate::cuda(None);
-    #[cfg(not(feature = "cuda"))]
-    let device = crate::vulkan(None);
-    device.unwrap().with_exact(true)
-}
+use crate::test_values::{assert_rows, exact_device, random, relative_norm, values};
 
 const HIDDEN: usize = 136;
 const INTERMEDIATE: usize = 200;
@@ -56,17 +41,17 @@ fn grouped(n: usize, k: usize, seed: u32) -> Weight {
 /// Those of gate, up and down.
 const CODEBOOKS: [Codebook; 3] = [Codebook::Mcg, Codebook::Mul1, Codebook::ThreeInst];
 
-/// Gate, up and down differ, and the last expert may have one projection of another format.
+/// Gate, up and down differ, and an expert may have one projection of another format.
 fn experts<D: MoeOps>(
     d: &D,
     [hidden, intermediate]: [usize; 2],
     codebooks: [Codebook; 3],
-    other: Option<ExpertProjection>,
+    other: Option<(usize, ExpertProjection)>,
 ) -> ExpertStack<D> {
     let expert = |e: usize| {
         let seed = 100 * e as u32;
         let weight = |projection, codebook, bits, [n, k]: [usize; 2], seed| match other {
-            Some(other) if e == 2 && other == projection => grouped(n, k, seed),
+            Some(other) if other == (e, projection) => grouped(n, k, seed),
             _ => trellis(codebook, bits, n, k, seed).with_bias(values(n, seed + 3)).unwrap(),
         };
         let (up_sizes, down_sizes) = ([intermediate, hidden], [hidden, intermediate]);
@@ -88,8 +73,8 @@ struct Case {
     tokens: usize,
     /// Hidden and intermediate features.
     sizes: [usize; 2],
-    /// The projection of another format.
-    other: Option<ExpertProjection>,
+    /// The expert and its projection of another format.
+    other: Option<(usize, ExpertProjection)>,
     x: DType,
     codebooks: [Codebook; 3],
     ids: Vec<u32>,
@@ -97,7 +82,7 @@ struct Case {
 
 impl Case {
     fn of_tokens(tokens: usize) -> Self {
-        let (sizes, other) = ([HIDDEN, INTERMEDIATE], Some(ExpertProjection::Up));
+        let (sizes, other) = ([HIDDEN, INTERMEDIATE], Some((2, ExpertProjection::Up)));
         Self { tokens, sizes, other, x: DType::F16, codebooks: CODEBOOKS, ids: ids(tokens) }
     }
 
@@ -116,7 +101,7 @@ impl Case {
 
 #[test]
 fn mlps_agree() {
-    let gpu = gpu();
+    let gpu = exact_device();
     for (tokens, kernel) in [
         (2, ExpertKernel::PARALLEL),
         (1, ExpertKernel::PARALLEL),
@@ -124,7 +109,7 @@ fn mlps_agree() {
         (40, ExpertKernel::grouped(32)),
     ] {
         for other in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
-            let case = Case { other: Some(other), ..Case::of_tokens(tokens) };
+            let case = Case { other: Some((2, other)), ..Case::of_tokens(tokens) };
             let found = case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &kernel)).unwrap();
             let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
             let error = relative_norm(&found, &expected);
@@ -137,14 +122,14 @@ fn mlps_agree() {
 /// another format.
 #[test]
 fn few_rows_are_rounded_as_the_format_grants() {
-    let gpu = gpu().with_exact(false);
+    let gpu = exact_device().with_exact(false);
     let bound = if gpu.has_modes() { 8e-4 } else { 1e-5 };
     let mul1 = [Codebook::Mul1; 3];
     for (tokens, sizes, codebooks, other, x) in [
         (1, [HIDDEN, INTERMEDIATE], mul1, None, DType::F32),
-        (2, [HIDDEN, INTERMEDIATE], mul1, Some(ExpertProjection::Down), DType::F16),
+        (2, [HIDDEN, INTERMEDIATE], mul1, Some((2, ExpertProjection::Down)), DType::F16),
         (4, [512, 1024], mul1, None, DType::F32),
-        (3, [640, 1300], mul1, Some(ExpertProjection::Gate), DType::BF16),
+        (3, [640, 1300], mul1, Some((0, ExpertProjection::Gate)), DType::BF16),
         (4, [640, 300], CODEBOOKS, None, DType::F32),
     ] {
         let case = Case { sizes, codebooks, other, x, ..Case::of_tokens(tokens) };
@@ -152,21 +137,26 @@ fn few_rows_are_rounded_as_the_format_grants() {
         let expected = case.run(&Oracle::new(), |d, args| d.moe_expert_mlp(args)).unwrap();
         let what = format!("{tokens} tokens of {x:?}, {sizes:?} {codebooks:?}, another {other:?}");
         assert_rows(&what, &found, &expected, sizes[0], bound);
+        let exact = case.run(&exact_device(), |d, args| d.moe_expert_mlp(args)).unwrap();
+        assert_eq!(exact != found, gpu.has_modes(), "{what}");
     }
 }
 
-/// Whatever computes the first projection.
+/// Whatever kernels compute the projections of the first group, which is expert 0 alone: each checks or leaves it to another.
 #[test]
 fn wrong_ids_are_reported() {
-    for (exact, codebook) in [(true, Codebook::Mul1), (false, Codebook::Mul1), (false, Codebook::Mcg)] {
-        let gpu = gpu().with_exact(exact);
+    let modes = [(true, Codebook::Mul1), (false, Codebook::Mul1), (false, Codebook::Mcg)];
+    let others = [None, Some(ExpertProjection::Gate), Some(ExpertProjection::Up), Some(ExpertProjection::Down)];
+    for ((exact, codebook), other) in modes.into_iter().flat_map(|mode| others.map(|other| (mode, other))) {
+        let gpu = exact_device().with_exact(exact);
+        let other = other.map(|other| (0, other));
         for (ids, reason) in
             [([0, 1, 2, EXPERTS as u32], "[3] is no expert"), ([0, 1, 2, 2], "[3] names an expert of its token again")]
         {
-            let case = Case { codebooks: [codebook; 3], ids: ids.into(), ..Case::of_tokens(2) };
+            let case = Case { codebooks: [codebook; 3], other, ids: ids.into(), ..Case::of_tokens(2) };
             match case.run(&gpu, |d, args| d.moe_expert_mlp(args)) {
                 Err(OpError::Value { operand: "ids", reason: found, .. }) => assert!(found.contains(reason), "{found}"),
-                other => panic!("{ids:?}: {other:?}"),
+                outcome => panic!("{ids:?}, another {other:?}: {outcome:?}"),
             }
             // The next call starts afresh.
             Case::of_tokens(2).run(&gpu, |d, args| d.moe_expert_mlp(args)).unwrap();
@@ -176,7 +166,7 @@ fn wrong_ids_are_reported() {
 
 #[test]
 fn one_launch_cannot_rotate() {
-    let outcome = Case::of_tokens(2).run(&gpu(), |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::FUSED));
+    let outcome = Case::of_tokens(2).run(&exact_device(), |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::FUSED));
     assert!(matches!(outcome, Err(OpError::Unsupported { .. })), "{outcome:?}");
     assert_eq!(ExpertKernel::FUSED.strategy, ExpertStrategy::Fused);
 }
@@ -185,7 +175,7 @@ fn one_launch_cannot_rotate() {
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn tensor_cores_are_needed() {
-    let gpu = gpu();
+    let gpu = exact_device();
     assert!(!crate::linear::exl3::tensor_cores(&gpu));
     let case = Case { other: None, ..Case::of_tokens(40) };
     match case.run(&gpu, |d, args| d.moe_expert_mlp_with(args, &ExpertKernel::tensor(32))) {
@@ -200,9 +190,10 @@ fn tensor_cores_are_needed() {
 #[cfg(feature = "cuda")]
 #[test]
 fn tensor_cores_agree() {
-    let gpu = gpu();
+    let gpu = exact_device();
     let (padded, whole) = ([HIDDEN, INTERMEDIATE], [256, 384]);
-    let [gate, up, down] = [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down].map(Some);
+    let [gate, up, down] =
+        [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down].map(|other| Some((2, other)));
     for (tokens, sizes, other, x, kernel) in [
         (1, padded, None, DType::F32, Some(ExpertKernel::tensor(32))),
         (40, padded, None, DType::F16, Some(ExpertKernel::tensor(32))),
@@ -242,11 +233,11 @@ fn sorted_rows_of_one_projection() {
         let unwritten = vec![f32::NAN; 2 * tokens * n];
         let mut out = d.upload(&HostTensor::from_f32(&[2 * tokens, n], &unwritten).unwrap()).unwrap();
         let (order, activation) = (RowOrder::Token { ids: &ids }, Activation::Silu);
-        let experts = &experts(d, [HIDDEN, INTERMEDIATE], CODEBOOKS, Some(ExpertProjection::Up));
+        let experts = &experts(d, [HIDDEN, INTERMEDIATE], CODEBOOKS, Some((2, ExpertProjection::Up)));
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
-    let gpu = gpu();
+    let gpu = exact_device();
     for projection in [ExpertProjection::Gate, ExpertProjection::Up, ExpertProjection::Down] {
         let error = relative_norm(&product(&gpu, projection), &product(&Oracle::new(), projection));
         assert!(error < 1e-5, "{projection:?}: {error:e}");
@@ -277,7 +268,7 @@ fn rows_of_one_expert_differ_in_size() {
         d.moe_grouped_gemm(GroupedGemmArgs { x: &x, order, experts, projection, activation, out: &mut out }).unwrap();
         d.read_f64(&out).unwrap()
     }
-    let (gpu, expected) = (gpu(), product(&Oracle::new()));
+    let (gpu, expected) = (exact_device(), product(&Oracle::new()));
     assert_rows("gate", &product(&gpu), &expected, INTERMEDIATE, 1e-5);
     if gpu.has_modes() {
         assert_rows("rounded", &product(&gpu.with_exact(false)), &expected, INTERMEDIATE, 6e-4);

@@ -8,6 +8,7 @@ use marlin_ops::{Result, Tensor};
 
 use super::parts::Parts;
 use super::{available, bytes, rows};
+use crate::launch::MOST_CUBES;
 use crate::linear::operands::{Combine, Product};
 use crate::weight::GpuWeight;
 use crate::{Buffer, Gpu};
@@ -25,7 +26,7 @@ pub(crate) struct AssignedRows<'a, R: Runtime> {
     pub(crate) experts: usize,
 }
 
-/// The same as kernels take it.
+/// The same as kernels take it; without assignments, only the number of rows.
 pub(super) struct Arguments<R: Runtime> {
     pub(super) ids: BufferArg<R>,
     pub(super) places: BufferArg<R>,
@@ -96,6 +97,9 @@ pub(super) fn origin(
 /// Enqueues the products of rows as they come with the weights of a bank, which has N and K of one:
 /// `[slices, assignments, N padded]`, to be added up and rotated; nothing if no kernel takes them. Rows of experts without a
 /// place are not written.
+///
+/// # Errors
+/// An unsupported error that names the limit where the kernel cannot have this shape.
 pub(crate) fn multiply<R: Runtime>(
     gpu: &Gpu<R>,
     operation: &'static str,
@@ -103,8 +107,11 @@ pub(crate) fn multiply<R: Runtime>(
     x: &Tensor<Gpu<R>>,
     assigned: &AssignedRows<'_, R>,
 ) -> Result<Option<Tensor<Gpu<R>>>> {
-    let known = available(gpu) && u32::try_from(weight.word_count).is_ok();
-    let Some(trellis) = weight.trellis().filter(|_| known) else {
+    let assignments = assigned.ids.elements();
+    debug_assert_eq!(x.rows() * assigned.slots, assignments);
+    // Words have indices of 32 bits, and assignments are the third dimension of a launch.
+    let fits = u32::try_from(weight.word_count).is_ok() && assignments <= MOST_CUBES as usize;
+    let Some(trellis) = weight.trellis().filter(|_| fits && available(gpu)) else {
         return Ok(None);
     };
     let product = Product {
@@ -124,8 +131,8 @@ pub(crate) fn multiply<R: Runtime>(
     if bytes::takes(trellis, parts) {
         return bytes::multiply(gpu, &product, trellis, None, Some(assigned)).map(Some);
     }
-    let plan = rows::Plan::of_experts(gpu, &product, trellis, parts, assigned.ids.elements());
-    let dims = [plan.slices, assigned.ids.elements(), weight.padded_out()];
+    let plan = rows::Plan::of_experts(gpu, &product, trellis, parts, assignments);
+    let dims = [plan.slices, assignments, weight.padded_out()];
     let partials = gpu.scratch(operation, DType::F32, &dims)?;
     rows::multiply(gpu, &product, &plan, rows::Rows::Assigned(assigned), &partials)?;
     Ok(Some(partials))

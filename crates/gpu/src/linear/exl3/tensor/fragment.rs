@@ -308,7 +308,7 @@ mod device_tests {
 
     use super::*;
     use crate::linear::exl3::rotate::LANES;
-    use crate::linear::exl3::tests::gpu;
+    use crate::test_values::exact_device;
     use crate::test_values::random;
 
     /// `out [lane, pair, register]` of a tile.
@@ -334,7 +334,7 @@ mod device_tests {
     /// Lanes find all their states, with tensor cores or without.
     #[test]
     fn lanes_have_the_products_of_their_states() {
-        let gpu = gpu();
+        let gpu = exact_device();
         for (codebook, bits) in Codebook::ALL.into_iter().flat_map(|codebook| (1..=8).map(move |bits| (codebook, bits)))
         {
             let t = Trellis { bits, codebook };

@@ -1,6 +1,6 @@
 //! Products of few rotated rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
 //! eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where one or two of
-//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where x is f16 and the codebook mul1.
+//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where the codebook is mul1, unless they are split.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::{ElemType, UIntKind};
@@ -665,15 +665,15 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
     let (weight, config) = (product.weight, plan.config);
     let (k, n) = (weight.padded_in(), weight.padded_out());
     let assigned = if let Rows::Assigned(assigned) = rows { Some(assigned) } else { None };
-    let m = product.x.rows();
-    let arguments = Arguments::new(gpu, m, assigned);
+    let x_rows = product.x.rows();
+    let arguments = Arguments::new(gpu, x_rows, assigned);
     let cubes = [n / WIDTH, plan.slices, assigned.map_or(1, |assigned| assigned.ids.elements())];
     let count = grid(gpu, product.operation, cubes)?;
     let [x_element, gamma_element, ..] = product.elements();
     let unread = || gpu.unread();
     let (x, gamma, factors, rotated, elements) = match rows {
         Rows::Raw(factors) => {
-            let factors = factors.map_or_else(unread, |factors| factors.arg(m));
+            let factors = factors.map_or_else(unread, |factors| factors.arg(x_rows));
             (product.x_arg(), product.gamma_arg(gpu), factors, unread(), [x_element, gamma_element])
         }
         Rows::Assigned(_) => (product.x_arg(), unread(), unread(), unread(), [x_element, gamma_element]),
@@ -682,10 +682,10 @@ pub(in crate::linear::exl3) fn multiply<R: Runtime>(
             (unread(), unread(), unread(), rotated, [ElemType::UInt(UIntKind::U32); 2])
         }
     };
-    // SAFETY: x holds m rows of k, suh K padded, gamma and the factors k and m where they are read, the words all tiles,
+    // SAFETY: x holds its rows of k, suh K padded, gamma and the factors k and one a row where they are read, the words all tiles,
     // `partials` what it says and `rotated` the parts of m rows of K padded; tile rows are compared with those of the slice
     // and of K, rows and features with m and k. Of experts, the words and suh are those of all places in the bank, ids hold
-    // one for each of m rows and places [3, experts].
+    // an expert for each of m sums, x a row for `slots` of them, places [3, experts].
     unsafe {
         multiply_tiles::launch_unchecked::<R>(
             gpu.client(),
