@@ -36,6 +36,10 @@ fn models_run_unchanged() {
     logits_are_the_same_bits_with_graphs(&gpu);
     decode::one_small_read_a_token(&gpu);
     golden::parity::check_all_on(&gpu);
+    golden::parity::check_exl3_on(&gpu);
+    // Where activations of EXL3 are rounded.
+    drop(gpu);
+    golden::parity::check_exl3_on(&Arc::new(marlin_gpu::cuda(None).unwrap()));
 }
 
 /// Tokens enough for shapes to change several times.

@@ -51,6 +51,13 @@ fn logits_equal_transformers() {
 }
 
 #[test]
+fn exl3_logits_equal_the_runtimes() {
+    if let Some(gpu) = device("logits of an EXL3 model on Vulkan") {
+        golden::parity::check_exl3_on(&Arc::new(gpu));
+    }
+}
+
+#[test]
 fn nothing_but_a_token_travels() {
     if let Some(gpu) = device("traffic per token on Vulkan") {
         decode::one_small_read_a_token(&Arc::new(gpu));

@@ -321,8 +321,9 @@ impl Case for ExpertMlpCase {
 
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
         let bound = match mode {
+            Mode::Exact => tolerance::LINEAR,
             _ if self.storages.iter().any(Storage::rotates) => tolerance::EXL3_ROWS,
-            Mode::Exact | Mode::F16Activations => tolerance::LINEAR,
+            Mode::F16Activations => tolerance::LINEAR,
             // The hidden vector is rounded to int8 in between.
             Mode::Int8Activations => tolerance::GATED_MLP_ROUNDED,
         };

@@ -22,7 +22,7 @@ const STRETCHES: u32 = 6;
 #[test]
 fn decoding_does_not_allocate() {
     let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/marlin-stories-int4");
-    let exl3 = common::golden_folder("../golden_exl3/tiny_llama");
+    let exl3 = common::exl3().0;
     let folders = [bundled, common::golden_folder("qwen3-base"), common::golden_folder("qwen3_moe-base"), exl3];
     for dir in folders {
         for (exact, threads) in [(false, 1), (false, 2), (true, 2)] {

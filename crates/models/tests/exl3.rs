@@ -6,53 +6,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{golden_folder, max_difference, try_load};
+use common::parity::check_exl3_on;
 use marlin_cpu::{Cpu, CpuOptions, Isa};
-use marlin_models::{Checkpoint, KvCache, Logits, ModelConfig, ModelError};
+use marlin_models::{Checkpoint, ModelConfig, ModelError};
+use marlin_ops::WeightData;
 use marlin_ops::oracle::Oracle;
-use marlin_ops::{Backend, WeightData};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
 fn tiny_llama() -> PathBuf {
-    golden_folder("../golden_exl3/tiny_llama")
-}
-
-fn floats(tensor: &TensorView<'_>) -> Vec<f32> {
-    tensor.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-}
-
-fn argmax(row: &[f32]) -> usize {
-    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
-}
-
-/// The runtime rounds activations to f16 at every step; an f64 evaluation of the same weights differs by up to 9e-4.
-const TOLERANCE: f32 = 1e-3;
-
-fn check_logits<B: Backend>(backend: B) {
-    let dir = tiny_llama();
-    let bytes = fs::read(dir.with_extension("logits.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let ids: Vec<u32> =
-        file.tensor("input_ids").unwrap().data().as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect();
-    let expected = floats(&file.tensor("exl3.logits").unwrap());
-    let model = try_load(&Arc::new(backend), &dir, 512).unwrap();
-    let mut cache = KvCache::new(&model, ids.len()).unwrap();
-    let mut scratch = model.scratch(ids.len()).unwrap();
-    let logits = model.forward(&ids, &mut cache, &mut scratch, Logits::All).unwrap();
-    let logits = model.backend().read_f32(logits).unwrap();
-    let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let error = max_difference(&logits, &expected) / scale;
-    println!("difference from the runtime's logits: {error:.2e}");
-    assert!(error <= TOLERANCE, "{error:e}");
-    for (t, (found, expected)) in logits.chunks(512).zip(expected.chunks(512)).enumerate() {
-        assert_eq!(argmax(found), argmax(expected), "position {t}");
-    }
+    common::exl3().0
 }
 
 #[test]
 fn the_oracle_gives_the_logits_of_the_runtime() {
-    check_logits(Oracle::new());
+    check_exl3_on(&Arc::new(Oracle::new()));
 }
 
 /// In both modes, on every instruction set of this machine.
@@ -61,7 +29,7 @@ fn the_cpu_gives_the_logits_of_the_runtime() {
     for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon] {
         for exact in [true, false] {
             match Cpu::new(CpuOptions { exact, isa, ..CpuOptions::default() }) {
-                Ok(cpu) => check_logits(cpu),
+                Ok(cpu) => check_exl3_on(&Arc::new(cpu)),
                 // Only the portable one exists on every machine.
                 Err(error) => assert_ne!(isa, Isa::Portable, "{error}"),
             }

@@ -87,6 +87,17 @@ pub fn try_load<B: Backend>(backend: &Arc<B>, dir: &Path, chunk: usize) -> marli
     Model::load(Arc::clone(backend), &checkpoint, config, options)
 }
 
+/// The checkpoint that ExLlamaV3 wrote, and the logits of its runtime.
+pub fn exl3() -> (PathBuf, Golden) {
+    let dir = golden_folder("../golden_exl3/tiny_llama");
+    let path = dir.with_extension("logits.safetensors");
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (tokens, logits) = (file.tensor("input_ids").unwrap(), file.tensor("exl3.logits").unwrap());
+    let logits = logits.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    (dir, Golden { tokens: integers(&tokens), logits })
+}
+
 /// Largest |a - b|; NaN counts as infinite.
 pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());

@@ -6,10 +6,14 @@ use std::sync::Arc;
 use marlin_models::{KvCache, Logits, Model};
 use marlin_ops::Backend;
 
-use super::{Golden, golden_folders, load, max_difference};
+use super::{Golden, exl3, golden_folders, load, max_difference};
 
 /// Of the largest |logit|, with f32 weights, activations and cache.
 const TOLERANCE: f32 = 1e-4;
+
+/// Of the largest |logit| of ExLlamaV3, which rounds activations to f16 at every step: an f64 evaluation of the same weights differs
+/// by up to 9e-4.
+const EXL3_TOLERANCE: f32 = 1e-3;
 
 /// How the tokens reach the model.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +83,22 @@ pub fn check_all_on<B: Backend>(backend: &Arc<B>) {
         failures.extend(check(backend, &dir, &golden));
     }
     assert!(failures.is_empty(), "beyond {TOLERANCE}:\n{}", failures.join("\n"));
+}
+
+/// The checkpoint of ExLlamaV3 on `backend`, as one prompt and token by token: its runtime's logits, and its best tokens.
+pub fn check_exl3_on<B: Backend>(backend: &Arc<B>) {
+    let (dir, golden) = exl3();
+    let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap();
+    for feed in [Feed::Prefill, Feed::Decode] {
+        let logits = run(backend, &dir, &golden.tokens, feed);
+        let error = max_difference(&logits, &golden.logits) / golden.scale();
+        println!("{feed:?}: {error:.2e} off the runtime's logits");
+        assert!(error <= EXL3_TOLERANCE, "{feed:?}: {error:e}");
+        let columns = logits.len() / golden.tokens.len();
+        for (t, (found, expected)) in logits.chunks(columns).zip(golden.logits.chunks(columns)).enumerate() {
+            assert_eq!(best(found), best(expected), "{feed:?}, position {t}");
+        }
+    }
 }
 
 /// The feeds whose logits are beyond the tolerance.

@@ -71,7 +71,8 @@ pub(super) fn inverse(power: f32) -> f32 {
 /// Vectors that a unit loads at once.
 const AT_ONCE: usize = 4;
 
-/// `out [part, row, k]`, of one or two parts, of rows times their powers, in the order of `channels`, and one over the powers; a cube for each row.
+/// `out [part, row, k]`, of one or two parts, of rows times their powers, in the order of `channels`, and one over the powers; a
+/// cube for each row.
 #[cube(launch_unchecked)]
 fn split_rows(
     x: &[Vector<f32, Const<2>>],

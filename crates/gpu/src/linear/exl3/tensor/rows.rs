@@ -1,6 +1,7 @@
 //! Products of few rotated rows with tiles on tensor cores (`m16n8k16` of planes of 32) with f32 sums. Each plane decodes
 //! eight neighbouring tiles of its tile rows straight into operands; rows pass through shared memory, where one or two of
-//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where the codebook is mul1, unless they are split.
+//! them are also rotated. [`bytes`](super::bytes) has another kernel for these two where the codebook is mul1, unless they are
+//! split.
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::ir::{ElemType, UIntKind};
@@ -101,8 +102,9 @@ impl RowsConfig {
     }
 }
 
-/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`, of experts `[columns, slices, m]`. x is `[m, k]`, or `[parts, m, k]` in the order
-/// of [`Channels::Fragment`] after the rotation. Slices have `slice_rows` tile rows, whole Hadamard blocks.
+/// `partials [slice, m, 16 tile_columns]` of m rows; cubes `[columns, slices]`, of experts `[columns, slices, m]`. x is `[m, k]`,
+/// or `[parts, m, k]` in the order of [`Channels::Fragment`] after the rotation; of experts it has a row for `slots` of m. Slices
+/// have `slice_rows` tile rows, whole Hadamard blocks.
 #[cube(launch_unchecked, address_type = "u64")]
 #[allow(clippy::too_many_arguments)]
 fn multiply_tiles<X: Numeric, G: Numeric>(
