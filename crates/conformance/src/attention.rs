@@ -177,17 +177,18 @@ impl Case for AttentionCase {
         Ok(vec![Output::floats(b, "out", &out)?])
     }
 
-    fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
+    fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
         if self.scale > 1.0 {
-            let bound = tolerance::ATTENTION_LARGE_SCORES;
+            let bound = tolerance::ATTENTION_F16;
             return vec![Tolerance::Blocks { block: self.value_dim, bound }];
         }
         // V is at most sqrt 12 in size.
-        let bound = tolerance::ATTENTION_OF_MAX_V * 12f64.sqrt();
+        let bound = tolerance::attention(mode, self.dtype);
+        let of_max_v = tolerance::attention_of_max_v(bound) * 12f64.sqrt();
         let count = self.kv_len.len() * self.queries * self.q_heads * self.value_dim;
-        let absolute = vec![bound; count];
+        let absolute = vec![of_max_v; count];
         vec![Tolerance::All(vec![
-            Tolerance::Blocks { block: self.value_dim, bound: tolerance::ATTENTION },
+            Tolerance::Blocks { block: self.value_dim, bound },
             Tolerance::Elements { ulps: 0.0, relative: 0.0, absolute },
         ])]
     }

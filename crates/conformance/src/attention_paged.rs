@@ -190,8 +190,13 @@ impl Case for PagedCase {
         Ok(vec![Output::floats(b, "out", &out)?])
     }
 
-    fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
-        vec![Tolerance::Blocks { block: self.value_dim, bound: tolerance::ATTENTION }]
+    fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
+        let cache = match self.format {
+            KvFormat::F32 => DType::F32,
+            KvFormat::F16 => DType::F16,
+            _ => DType::BF16,
+        };
+        vec![Tolerance::Blocks { block: self.value_dim, bound: tolerance::attention(mode, cache) }]
     }
 }
 

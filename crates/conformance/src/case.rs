@@ -25,7 +25,7 @@ pub(crate) trait Case {
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance>;
 }
 
-/// What products with weights may round.
+/// What operations may round on their way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// Nothing of f32 activations.
@@ -33,7 +33,8 @@ pub enum Mode {
     Exact,
     /// The default of CPUs: activations of integer formats to int8 blocks, which the oracle rounds too, and those of EXL3.
     Int8Activations,
-    /// The default of GPUs: activations of EXL3, to f16 after the rotation.
+    /// The default of GPUs: activations of EXL3, to f16 after the rotation, probabilities of attention over f16 values, and f32
+    /// in attention to sums of two bf16.
     F16Activations,
 }
 

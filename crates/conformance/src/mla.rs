@@ -97,8 +97,10 @@ impl MlaCase {
         floats_as(b, self.dtype, &[self.kv_len.len(), capacity, width], &values)
     }
 
-    fn tolerances(&self) -> Vec<Tolerance> {
-        let bound = if self.kv_b.rotates() { tolerance::EXL3_ROWS } else { tolerance::ATTENTION };
+    fn tolerances(&self, form: Form, mode: Mode) -> Vec<Tolerance> {
+        // Keys and values of a prefill are f32.
+        let cache = if form == Form::Prefill { DType::F32 } else { self.dtype };
+        let bound = if self.kv_b.rotates() { tolerance::EXL3_ROWS } else { tolerance::attention(mode, cache) };
         vec![Tolerance::Blocks { block: self.value, bound }]
     }
 }
@@ -119,8 +121,8 @@ macro_rules! operation {
                 self.0.run(backend, $form)
             }
 
-            fn tolerances(&self, _: Mode) -> Vec<Tolerance> {
-                self.0.tolerances()
+            fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
+                self.0.tolerances($form, mode)
             }
         }
     };

@@ -52,11 +52,22 @@ pub const EXL3_ROWS: f64 = 8e-4;
 /// Attention, relF per query and head; 16-bit I/O only in the specification.
 pub const ATTENTION: f64 = LINEAR;
 
-/// Largest difference of attention as a share of max |V|: as ATT16 to its relF, 1e-3 to 8e-4.
-pub const ATTENTION_OF_MAX_V: f64 = ATTENTION * 1e-3 / 8e-4;
+/// ATT16. Also for scores of 30 and more, whose f32 rounding alone changes a probability by 1e-5.
+pub const ATTENTION_F16: f64 = 8e-4;
 
-/// ATT16, for scores of 30 and more, whose f32 rounding alone changes a probability by 1e-5.
-pub const ATTENTION_LARGE_SCORES: f64 = 8e-4;
+/// Largest difference of attention as a share of max |V| for such a relF, as of ATT16.
+pub const fn attention_of_max_v(bound: f64) -> f64 {
+    bound * 1e-3 / ATTENTION_F16
+}
+
+/// relF of attention over such keys and values. GPUs may round probabilities to f16 as f16 values are, the specification's
+/// `pround`, and f32 to sums of two bf16.
+pub(crate) fn attention(mode: Mode, cache: DType) -> f64 {
+    match (mode, cache) {
+        (Mode::F16Activations, DType::F16 | DType::F32) => ATTENTION_F16,
+        _ => ATTENTION,
+    }
+}
 
 /// Row norms, relF per row; 16-bit I/O only in the specification.
 pub const NORM: f64 = LINEAR;

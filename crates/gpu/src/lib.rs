@@ -25,6 +25,7 @@ mod device;
 mod element;
 mod fault;
 mod hadamard;
+mod halves;
 mod launch;
 mod linear;
 mod math;

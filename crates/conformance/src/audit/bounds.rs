@@ -49,7 +49,7 @@ pub(crate) fn attention(dtype: DType) -> f64 {
 
 /// Largest difference of attention as a share of max |V|.
 pub(crate) fn attention_of_max_v(dtype: DType) -> f64 {
-    by_type(dtype, tolerance::ATTENTION_OF_MAX_V, 1e-3, 8e-3)
+    by_type(dtype, tolerance::attention_of_max_v(tolerance::ATTENTION), 1e-3, 8e-3)
 }
 
 /// attention_probs: probabilities.

@@ -11,7 +11,7 @@ use std::fmt::{self, Display, Formatter};
 use anyhow::{Context, Result, bail};
 use marlin_formats::exl3::Codebook;
 use marlin_formats::{DType, Format};
-use marlin_gpu::Cuda;
+use marlin_gpu::{AttentionKernel, Cuda};
 use marlin_ops::attention::{AttentionArgs, AttentionOps, EmptyRow, Window};
 use marlin_ops::linear::{Activation, LinearArgs, Residual};
 use marlin_ops::{Device, Linear, LinearOps, Tensor, Weight};
@@ -56,7 +56,7 @@ struct Product {
     flops_per_second: f64,
 }
 
-/// A figure of attention in bf16.
+/// A figure of attention.
 struct Attention {
     queries: usize,
     context: usize,
@@ -79,6 +79,7 @@ struct Report {
 
 fn main() -> Result<()> {
     let (mut json, mut only, mut rows, mut activations, mut exact) = (None, None, None, None, false);
+    let mut only_attention = false;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -87,14 +88,18 @@ fn main() -> Result<()> {
             "--rows" => rows = Some(parse_rows(&arguments.next().context("--rows needs numbers")?)?),
             "--activations" => activations = Some(parse_dtype(arguments.next().as_deref())?),
             "--exact" => exact = true,
+            "--attention" => only_attention = true,
             other => bail!(
                 "unknown argument {other}; known: --json FILE, --format TEXT [--rows M,M,...] [--activations f16|f32] \
-                 [--exact]"
+                 [--exact], --attention"
             ),
         }
     }
     if let Some(name) = only {
         return run_some(&name, activations.unwrap_or(DType::F16), rows.as_deref().unwrap_or(&SOME_ROWS), exact);
+    }
+    if only_attention {
+        return run_attention();
     }
     if rows.is_some() || activations.is_some() || exact {
         bail!("--rows, --activations and --exact need --format");
@@ -175,7 +180,7 @@ fn run() -> Result<Report> {
     println!("\n| attention: queries | context | us | GB/s | TFLOP/s |\n|---|---|---|---|---|");
     for context in CONTEXTS {
         for queries in [1, context] {
-            let measured = attend(&bench, queries, context)?;
+            let measured = attend(&bench, [DType::BF16; 2], queries, context, None)?;
             println!("{measured}");
             attention.push(measured);
         }
@@ -255,20 +260,49 @@ fn products(
     Ok(measured)
 }
 
-/// The last `queries` positions of a context, causal.
-fn attend(bench: &Bench, queries: usize, context: usize) -> Result<Attention> {
+/// Attention of f32 queries, as models have them, in both modes and beside the kernel for devices without tensor cores.
+fn run_attention() -> Result<()> {
+    let many = AttentionKernel { q_tile: 64, kv_tile: 32, chunk: 32, splits: 1 };
+    let one = |context: usize| AttentionKernel { q_tile: 4, kv_tile: 128, chunk: 32, splits: (context / 128).min(128) };
+    println!("| cache | queries | context | kernel | us | GB/s | TFLOP/s |\n|---|---|---|---|---|---|---|");
+    for (queries, context) in [(1, 512), (1, 4096), (1, 32_768), (512, 512), (512, 4096), (4096, 4096)] {
+        for cache in [DType::F16, DType::F32] {
+            for (name, exact, kernel) in [
+                ("exact", true, None),
+                ("default", false, None),
+                ("general", true, Some(if queries == 1 { one(context) } else { many })),
+            ] {
+                let measured = attend(&Bench::new(exact)?, [DType::F32, cache], queries, context, kernel)?;
+                let (us, rate, flops) = measured.figures();
+                println!("| {} | {queries} | {context} | {name} | {us:.2} | {rate:.0} | {flops:.1} |", cache.name());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The last `queries` positions of a context, causal; queries and results, keys and values of such types.
+fn attend(
+    bench: &Bench,
+    [dtype, cache]: [DType; 2],
+    queries: usize,
+    context: usize,
+    kernel: Option<AttentionKernel>,
+) -> Result<Attention> {
     let [heads, kv_heads, size] = HEADS;
     let random = &mut Random(79);
-    let bytes = 4 * kv_heads * context * size;
-    let mut cache = || bench.normals(DType::BF16, &[1, kv_heads, context, size], random);
+    let bytes = 2 * kv_heads * context * size * cache.size_in_bytes();
+    let mut cache = || bench.normals(cache, &[1, kv_heads, context, size], random);
     let mut pair = |_| -> Result<[Tensor<Cuda>; 2]> { Ok([cache()?, cache()?]) };
-    let caches = (0..rotation(bytes)).map(&mut pair).collect::<Result<Vec<_>>>()?;
+    // Many queries read each key often.
+    let caches = (0..if queries == 1 { rotation(bytes) } else { 1 }).map(&mut pair).collect::<Result<Vec<_>>>()?;
     let dims = [1, queries, heads, size];
-    let q = bench.normals(DType::BF16, &dims, random)?;
-    let out = RefCell::new(bench.gpu.zeros(DType::BF16, &dims)?);
+    let q = bench.normals(dtype, &dims, random)?;
+    let out = RefCell::new(bench.gpu.zeros(dtype, &dims)?);
     let seconds = bench.repeat_seconds(|i| {
         let [k, v] = &caches[i % caches.len()];
-        Ok(bench.gpu.attention(AttentionArgs {
+        let mut out = out.borrow_mut();
+        let args = AttentionArgs {
             q: &q,
             k,
             v,
@@ -280,8 +314,12 @@ fn attend(bench: &Bench, queries: usize, context: usize) -> Result<Attention> {
             mask: None,
             sinks: None,
             empty_row: EmptyRow::Error,
-            out: &mut out.borrow_mut(),
-        })?)
+            out: &mut out,
+        };
+        Ok(match kernel {
+            Some(kernel) => bench.gpu.attention_with(args, kernel)?,
+            None => bench.gpu.attention(args)?,
+        })
     })?;
     let visible = queries * context - queries * (queries - 1) / 2;
     let flops = 4.0 * (heads * size * visible) as f64;
@@ -297,9 +335,16 @@ impl Display for Product {
     }
 }
 
+impl Attention {
+    /// Microseconds, GB/s and TFLOP/s.
+    fn figures(&self) -> (f64, f64, f64) {
+        (self.seconds * 1e6, self.bytes_per_second / 1e9, self.flops_per_second / 1e12)
+    }
+}
+
 impl Display for Attention {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let (us, rate, flops) = (self.seconds * 1e6, self.bytes_per_second / 1e9, self.flops_per_second / 1e12);
+        let (us, rate, flops) = self.figures();
         write!(f, "| {} | {} | {us:.2} | {rate:.0} | {flops:.1} |", self.queries, self.context)
     }
 }

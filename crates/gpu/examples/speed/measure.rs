@@ -16,6 +16,9 @@ use marlin_ops::{Device, HostTensor, Tensor, Weight};
 /// Bytes that no cache holds: buffers are rotated until they add up to this.
 const BEYOND_CACHE: usize = 256 << 20;
 
+/// Seconds before samples.
+const WARM_UP: f64 = 0.1;
+
 /// The device and its clock.
 pub struct Bench {
     pub gpu: Cuda,
@@ -75,6 +78,11 @@ impl Bench {
         // The first run may compile, which takes less than this.
         let once = if first > 2.0 { first } else { sample(2)? };
         let runs = (0.01 / once).ceil().max(1.0) as usize;
+        // A device that waited for a compilation has slowed down.
+        let start = Instant::now();
+        while start.elapsed().as_secs_f64() < WARM_UP {
+            sample(runs)?;
+        }
         median((0..if once > 0.1 { 3 } else { 9 }).map(|_| sample(runs)).collect::<Result<_>>()?)
     }
 

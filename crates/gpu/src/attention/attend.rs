@@ -8,6 +8,7 @@ use marlin_ops::{Result, Tensor};
 use super::flash::{FlashConfig, GeometryLaunch, flash};
 use super::join::join;
 use super::rows::{Codes, Rows};
+use super::tensor::Fragments;
 use super::tile::AttentionKernel;
 use crate::element::Storage;
 use crate::launch::{UNITS, cubes, units};
@@ -66,8 +67,7 @@ pub(super) struct Attend<'a, R: Runtime> {
     pub(super) left: i32,
     pub(super) right: i32,
     pub(super) scale: f32,
-    /// 0 without.
-    pub(super) softcap: f32,
+    pub(super) softcap: Option<f32>,
     pub(super) mask: Option<&'a Tensor<Gpu<R>>>,
     pub(super) sinks: Option<&'a Tensor<Gpu<R>>>,
     pub(super) empty_is_error: bool,
@@ -82,30 +82,36 @@ impl<R: Runtime> Attend<'_, R> {
             return Ok(());
         }
         let kv_len = gpu.length_words(operation, self.kv_len)?;
-        let kernel = self.kernel.unwrap_or_else(|| self.choose(gpu));
+        let (kernel, tensor) = self.kernel.map_or_else(|| self.choose(gpu), |kernel| (kernel, None));
         if kernel.splits == 1 {
-            self.launch(gpu, kernel, &kv_len, self.out, None);
+            self.launch(gpu, kernel, tensor, &kv_len, self.out, None);
             return Ok(());
         }
         let rows = self.batch * self.queries * self.heads;
         let partial = gpu.scratch(operation, DType::F32, &[rows, kernel.splits, self.values.width])?;
         let sums = gpu.scratch(operation, DType::F32, &[rows, kernel.splits, 2])?;
-        self.launch(gpu, kernel, &kv_len, &partial, Some(&sums));
+        self.launch(gpu, kernel, tensor, &kv_len, &partial, Some(&sums));
         self.join(gpu, kernel.splits, &partial, &sums);
         Ok(())
     }
 
-    /// Few rows get a small tile and, while the device has room for more cubes, ranges of keys.
-    fn choose(&self, gpu: &Gpu<R>) -> AttentionKernel {
+    /// Many rows get tensor cores where they can. Few rows get a small tile and, while the device has room for more cubes,
+    /// ranges of keys.
+    fn choose(&self, gpu: &Gpu<R>) -> (AttentionKernel, Option<Fragments>) {
         let hardware = &gpu.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.map_or(USUAL_PROCESSORS, |n| n as usize);
         let rows = self.queries * self.group;
-        let kernel = AttentionKernel::for_rows(rows);
+        let (q, cache) = (Codes::of(self.q.dtype()), [self.keys.rows.codes, self.values.rows.codes]);
+        let tensor = Fragments::new(gpu, q, cache, [self.keys.width, self.values.width], rows);
+        let kernel = tensor.map_or_else(|| AttentionKernel::for_rows(rows), |(_, kernel)| kernel);
         // Splits are compiled in, and part of a recorded step.
         let keys = planned_keys(self.kv_len.iter().copied().max().unwrap_or(0));
         let visible = (self.left as usize).saturating_add(self.right as usize).saturating_add(self.queries);
         let cubes = self.batch * self.kv_heads * rows.div_ceil(kernel.q_tile);
-        kernel.with_splits(cubes, keys.min(visible), processors * CUBES_PER_PROCESSOR)
+        let tensor = tensor.map(|(fragments, _)| fragments);
+        let wanted = processors * tensor.map_or(CUBES_PER_PROCESSOR, Fragments::cubes_per_processor);
+        let least = tensor.map_or(kernel.kv_tile, Fragments::least_keys);
+        (kernel.with_splits(cubes, keys.min(visible), least, wanted), tensor)
     }
 
     /// The kernel itself, to `out`, or to partial sums when `sums` is there.
@@ -113,6 +119,7 @@ impl<R: Runtime> Attend<'_, R> {
         &self,
         gpu: &Gpu<R>,
         kernel: AttentionKernel,
+        tensor: Option<Fragments>,
         kv_len: &Buffer,
         out: &Tensor<Gpu<R>>,
         sums: Option<&Tensor<Gpu<R>>>,
@@ -130,8 +137,12 @@ impl<R: Runtime> Attend<'_, R> {
             value_chunks: value_dim.div_ceil(kernel.chunk),
             lanes: (UNITS as usize / kernel.q_tile).min(plane).min(8),
             mask: self.mask.is_some(),
+            softcap: self.softcap.is_some(),
             paged: self.table.is_some(),
+            tensor,
         };
+        let units = tensor.map_or(UNITS as usize, Fragments::units);
+        let operand = tensor.map_or(Storage::F32.elem(), Fragments::elem);
         let blocks = (self.queries * self.group).div_ceil(kernel.q_tile);
         let (mask_batch, mask_head, mask_keys) = self.mask.map_or((0, 0, 0), |mask| {
             let dims = mask.dims();
@@ -156,7 +167,7 @@ impl<R: Runtime> Attend<'_, R> {
             self.left,
             self.right,
             self.scale,
-            self.softcap,
+            self.softcap.unwrap_or(0.0),
             mask_batch as u32,
             mask_head as u32,
             mask_keys as u32,
@@ -174,7 +185,7 @@ impl<R: Runtime> Attend<'_, R> {
             flash::launch_unchecked::<R>(
                 gpu.client(),
                 cubes(self.batch * self.kv_heads * blocks * kernel.splits),
-                units(),
+                CubeDim::new_1d(units as u32),
                 config.q.line,
                 config.k.line,
                 config.v.line,
@@ -192,7 +203,7 @@ impl<R: Runtime> Attend<'_, R> {
                 gpu.faults(),
                 geometry,
                 config,
-                [config.sinks.unwrap_or(Storage::F32).elem(), config.out.elem()],
+                [config.sinks.unwrap_or(Storage::F32).elem(), config.out.elem(), operand],
             );
         }
     }

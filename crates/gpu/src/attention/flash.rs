@@ -3,12 +3,14 @@
 //!
 //! The rows of a cube are the query heads that share a key head, of consecutive queries: they read each key once. A
 //! cube walks over its keys a tile at a time: scores, their softmax, sums of values in registers. With few rows the keys
-//! are split over cubes, and [`super::join`] adds their sums up in the order of the keys.
+//! are split over cubes, and [`super::join`] adds their sums up in the order of the keys. With many rows, devices whose
+//! fragments are known have the products of [`super::tensor`].
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::rows::{Four, Rows, four_of, load_eight, scale_value, sum_of};
+use super::tensor::{self, Fragments};
 use super::tile::AttentionKernel;
 use crate::element::{Storage, load, store};
 use crate::fault::{Fault, record};
@@ -31,8 +33,25 @@ pub(super) struct FlashConfig {
     pub(super) lanes: usize,
     /// An additive mask.
     pub(super) mask: bool,
+    /// A bound on scores.
+    pub(super) softcap: bool,
     /// Rows lie in the blocks of a table.
     pub(super) paged: bool,
+    /// How tensor cores multiply, where they do.
+    pub(super) tensor: Option<Fragments>,
+}
+
+impl FlashConfig {
+    const fn on_tensor_cores(self) -> bool {
+        self.tensor.is_some()
+    }
+
+    const fn fragments(self) -> Fragments {
+        match self.tensor {
+            Some(fragments) => fragments,
+            None => unreachable!(),
+        }
+    }
 }
 
 /// Shapes and options of a call.
@@ -63,7 +82,6 @@ pub(super) struct Geometry {
     pub(super) left: i32,
     pub(super) right: i32,
     pub(super) scale: f32,
-    /// 0 without.
     pub(super) softcap: f32,
     pub(super) mask_batch: u32,
     pub(super) mask_head: u32,
@@ -79,18 +97,18 @@ pub(super) const LEAST: f32 = -3.402_823_4e38;
 
 /// The cube's part of the work.
 #[derive(CubeType, Clone, Copy)]
-struct Part {
+pub(super) struct Part {
     b: usize,
     kv_head: usize,
-    split: usize,
+    pub(super) split: usize,
     /// First row, and one past the last of the sequence and key head.
-    first_row: usize,
-    rows: usize,
+    pub(super) first_row: usize,
+    pub(super) rows: usize,
     /// Position of query 0.
-    offset: i32,
+    pub(super) offset: i32,
     /// Keys.
-    start: usize,
-    end: usize,
+    pub(super) start: usize,
+    pub(super) end: usize,
 }
 
 #[cube]
@@ -130,7 +148,7 @@ fn at_least_zero(x: i32) -> u32 {
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn flash<Q: Size, K: Size, V: Size, S: Numeric, O: Numeric>(
+pub(super) fn flash<Q: Size, K: Size, V: Size, S: Numeric, O: Numeric, F: Float>(
     q: &[Vector<u32, Q>],
     k: &[Vector<u32, K>],
     v: &[Vector<u32, V>],
@@ -145,7 +163,7 @@ pub(super) fn flash<Q: Size, K: Size, V: Size, S: Numeric, O: Numeric>(
     faults: &mut [Atomic<u32>],
     g: Geometry,
     #[comptime] c: FlashConfig,
-    #[define(S, O)] _elements: [ElemType; 2],
+    #[define(S, O, F)] _elements: [ElemType; 3],
 ) {
     let t = comptime!(c.kernel);
     let cubes = (g.batch * g.kv_heads * g.blocks) as usize * comptime!(t.splits);
@@ -154,36 +172,64 @@ pub(super) fn flash<Q: Size, K: Size, V: Size, S: Numeric, O: Numeric>(
         if comptime!(c.paged) {
             check_blocks(table, faults, &g, &p);
         }
-        // Queries, then keys or values.
-        let mut tile = Shared::<[Four]>::new_slice(comptime!((t.q_tile + t.kv_tile) * t.pitch()));
-        let mut scores = Shared::<[f32]>::new_slice(comptime!(t.q_tile * t.score_pitch()));
-        // By row, on the sums so far.
-        let mut factors = Shared::<[f32]>::new_slice(comptime!(t.q_tile));
-        let mut sum = Array::<Four>::new(comptime!(c.value_chunks * t.unit_rows()));
-        #[unroll]
-        for i in 0..comptime!(c.value_chunks * t.unit_rows()) {
-            sum[i] = Four::new(0.0f32);
+        if comptime!(c.on_tensor_cores()) {
+            let f = comptime!(c.fragments());
+            tensor::attend::<Q, K, V, S, O, F>(q, k, v, table, mask, sinks, out, sums, faults, &g, &p, c, f);
+        } else {
+            attend::<Q, K, V, S, O>(q, k, v, k_scales, v_scales, table, mask, sinks, out, sums, faults, &g, &p, c);
         }
-        let mut running = Array::<f32>::new(2usize);
-        running[0] = HIDDEN;
-        running[1] = 0.0;
-        let mut first = p.start;
-        while first < p.end {
-            score_tile::<Q, K>(q, k, k_scales, table, mask, &mut tile, &mut scores, &g, &p, first, c);
-            sync_cube();
-            soften(v_scales, table, &mut scores, &mut factors, &mut running, &g, &p, first, c);
-            sync_cube();
-            add_values::<V>(v, table, &mut tile, &scores, &factors, &mut sum, &g, &p, first, c);
-            first += comptime!(t.kv_tile);
-        }
-        let row = UNIT_POS as usize / comptime!(c.lanes);
-        let first_of_row = UNIT_POS as usize % comptime!(c.lanes) == 0 && row < comptime!(t.q_tile);
-        if first_of_row && p.first_row + row < p.rows {
-            let at = query_row(&g, &p, p.first_row + row);
-            factors[row] = close_row::<S>(sinks, sums, faults, at, &running, &g, p.split, c);
-        }
-        finish::<O>(out, &mut tile, &factors, &sum, &g, &p, c);
     }
+}
+
+/// Computes the part `p` of the attention.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn attend<Q: Size, K: Size, V: Size, S: Numeric, O: Numeric>(
+    q: &[Vector<u32, Q>],
+    k: &[Vector<u32, K>],
+    v: &[Vector<u32, V>],
+    k_scales: &[u16],
+    v_scales: &[u16],
+    table: &[u32],
+    mask: &[f32],
+    sinks: &[S],
+    out: &mut [O],
+    sums: &mut [f32],
+    faults: &mut [Atomic<u32>],
+    g: &Geometry,
+    p: &Part,
+    #[comptime] c: FlashConfig,
+) {
+    let t = comptime!(c.kernel);
+    // Queries, then keys or values.
+    let mut tile = Shared::<[Four]>::new_slice(comptime!((t.q_tile + t.kv_tile) * t.pitch()));
+    let mut scores = Shared::<[f32]>::new_slice(comptime!(t.q_tile * t.score_pitch()));
+    // By row, on the sums so far.
+    let mut factors = Shared::<[f32]>::new_slice(comptime!(t.q_tile));
+    let mut sum = Array::<Four>::new(comptime!(c.value_chunks * t.unit_rows()));
+    #[unroll]
+    for i in 0..comptime!(c.value_chunks * t.unit_rows()) {
+        sum[i] = Four::new(0.0f32);
+    }
+    let mut running = Array::<f32>::new(2usize);
+    running[0] = HIDDEN;
+    running[1] = 0.0;
+    let mut first = p.start;
+    while first < p.end {
+        score_tile::<Q, K>(q, k, k_scales, table, mask, &mut tile, &mut scores, g, p, first, c);
+        sync_cube();
+        soften(v_scales, table, &mut scores, &mut factors, &mut running, g, p, first, c);
+        sync_cube();
+        add_values::<V>(v, table, &mut tile, &scores, &factors, &mut sum, g, p, first, c);
+        first += comptime!(t.kv_tile);
+    }
+    let row = UNIT_POS as usize / comptime!(c.lanes);
+    let first_of_row = UNIT_POS as usize % comptime!(c.lanes) == 0 && row < comptime!(t.q_tile);
+    if first_of_row && p.first_row + row < p.rows {
+        let at = query_row(g, p, p.first_row + row);
+        factors[row] = close_row::<S>(sinks, sums, faults, at, running[0], running[1], true, g, p.split, c);
+    }
+    finish::<O>(out, &mut tile, &factors, &sum, g, p, c);
 }
 
 /// Records entries of the table that name no block.
@@ -198,7 +244,7 @@ fn check_blocks(table: &[u32], faults: &mut [Atomic<u32>], g: &Geometry, p: &Par
         if table[at] >= g.pages && bad == none {
             bad = u32::cast_from(at);
         }
-        entry += UNITS as usize;
+        entry += CUBE_DIM as usize;
     }
     // Behind the loop: the software device goes astray after atomics within one.
     if bad != none {
@@ -208,7 +254,7 @@ fn check_blocks(table: &[u32], faults: &mut [Atomic<u32>], g: &Geometry, p: &Par
 
 /// The row of key `j` in the cache.
 #[cube]
-fn cache_row(table: &[u32], g: &Geometry, p: &Part, j: usize, #[comptime] paged: bool) -> usize {
+pub(super) fn cache_row(table: &[u32], g: &Geometry, p: &Part, j: usize, #[comptime] paged: bool) -> usize {
     let capacity = g.capacity as usize;
     if comptime!(paged) {
         let block = table[p.b * g.table_width as usize + j / capacity];
@@ -222,7 +268,7 @@ fn cache_row(table: &[u32], g: &Geometry, p: &Part, j: usize, #[comptime] paged:
 
 /// Places of the row's head in a query: `(b Sq + i) H + h`.
 #[cube]
-fn query_row(g: &Geometry, p: &Part, row: usize) -> usize {
+pub(super) fn query_row(g: &Geometry, p: &Part, row: usize) -> usize {
     let head = g.first_head as usize + p.kv_head * g.group as usize + row % g.group as usize;
     (p.b * g.queries as usize + row / g.group as usize) * g.heads as usize + head
 }
@@ -353,7 +399,7 @@ fn score_tile<Q: Size, K: Size>(
                 dot *= row_scale(k_scales, table, g, p, first + at, c.paged);
             }
             scores[(row + y) * comptime!(t.score_pitch()) + at] =
-                score(dot, mask, g, p, p.first_row + row + y, first + at, c.mask);
+                score(dot, mask, g, p, p.first_row + row + y, first + at, c);
         }
     }
 }
@@ -370,23 +416,37 @@ fn row_scale(scales: &[u16], table: &[u32], g: &Geometry, p: &Part, j: usize, #[
 
 /// The score of key `j` for row `row`.
 #[cube]
-fn score(dot: f32, mask: &[f32], g: &Geometry, p: &Part, row: usize, j: usize, #[comptime] masked: bool) -> f32 {
+fn score(dot: f32, mask: &[f32], g: &Geometry, p: &Part, row: usize, j: usize, #[comptime] c: FlashConfig) -> f32 {
     let mut s = HIDDEN.runtime();
     if row < p.rows && j < p.end {
-        let query = row / g.group as usize;
-        let position = i32::cast_from(query as u32) + p.offset;
+        let position = i32::cast_from((row / g.group as usize) as u32) + p.offset;
         let key = i32::cast_from(j as u32);
         if key >= position - g.left && key <= position + g.right {
-            s = dot * g.scale;
-            if g.softcap > 0.0f32 {
-                s = g.softcap * tanh(s / g.softcap);
-            }
-            if comptime!(masked) {
-                let head = g.first_head as usize + p.kv_head * g.group as usize + row % g.group as usize;
-                let plane = p.b * g.mask_batch as usize + head * g.mask_head as usize;
-                s += mask[(plane * g.queries as usize + query) * g.mask_keys as usize + j];
-            }
+            s = bounded_and_masked(dot * g.scale, mask, g, p, row, j, c);
         }
+    }
+    s
+}
+
+/// A visible score, bounded and with its mask.
+#[cube]
+pub(super) fn bounded_and_masked(
+    s: f32,
+    mask: &[f32],
+    g: &Geometry,
+    p: &Part,
+    row: usize,
+    j: usize,
+    #[comptime] c: FlashConfig,
+) -> f32 {
+    let mut s = s;
+    if comptime!(c.softcap) {
+        s = g.softcap * tanh(s / g.softcap);
+    }
+    if comptime!(c.mask) {
+        let head = g.first_head as usize + p.kv_head * g.group as usize + row % g.group as usize;
+        let plane = p.b * g.mask_batch as usize + head * g.mask_head as usize;
+        s += mask[(plane * g.queries as usize + row / g.group as usize) * g.mask_keys as usize + j];
     }
     s
 }
@@ -508,28 +568,33 @@ fn add_values<V: Size>(
     }
 }
 
-/// The factor on the sums of row `at`, which are complete or, with splits, a part.
+/// The factor on the sums of row `at`, which are complete or, with splits, a part: then its largest score and the weight
+/// of its keys relative to that go to `sums`. One unit of the row `writes`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn close_row<S: Numeric>(
+pub(super) fn close_row<S: Numeric>(
     sinks: &[S],
     sums: &mut [f32],
     faults: &mut [Atomic<u32>],
     at: usize,
-    running: &Array<f32>,
+    max: f32,
+    weight: f32,
+    writes: bool,
     g: &Geometry,
     split: usize,
     #[comptime] c: FlashConfig,
 ) -> f32 {
     let mut factor = f32::new(1.0);
     if comptime!(c.kernel.splits > 1) {
-        let at = (at * comptime!(c.kernel.splits) + split) * 2;
-        sums[at] = running[0];
-        sums[at + 1] = running[1];
+        if writes {
+            let at = (at * comptime!(c.kernel.splits) + split) * 2;
+            sums[at] = max;
+            sums[at + 1] = weight;
+        }
     } else {
         let head = at % g.heads as usize;
-        factor = last_factor::<S>(sinks, head, running[0], running[1], c.sinks);
-        if g.empty_is_error == 1 && is_empty::<S>(sinks, head, running[1], c.sinks) {
+        factor = last_factor::<S>(sinks, head, max, weight, c.sinks);
+        if writes && g.empty_is_error == 1 && is_empty::<S>(sinks, head, weight, c.sinks) {
             record(faults, Fault::EmptyRow, at);
         }
     }

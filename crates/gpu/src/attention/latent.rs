@@ -61,7 +61,7 @@ impl<R: Runtime> Core<'_, R> {
             left: ALL_KEYS,
             right: 0,
             scale: self.scale,
-            softcap: 0.0,
+            softcap: None,
             mask: None,
             sinks: None,
             empty_is_error: true,

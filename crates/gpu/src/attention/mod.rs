@@ -9,6 +9,7 @@ mod project;
 mod reduce;
 mod rotated;
 mod rows;
+mod tensor;
 mod tile;
 mod write;
 
@@ -90,7 +91,7 @@ impl<R: Runtime> Gpu<R> {
             left,
             right,
             scale: args.scale,
-            softcap: args.softcap.unwrap_or(0.0),
+            softcap: args.softcap,
             mask: args.mask,
             sinks: args.sinks,
             empty_is_error: args.empty_row == EmptyRow::Error,

@@ -43,7 +43,7 @@ pub(super) fn attention<R: Runtime>(
         left,
         right,
         scale: args.scale,
-        softcap: args.softcap.unwrap_or(0.0),
+        softcap: args.softcap,
         mask: None,
         sinks: args.sinks,
         empty_is_error: args.empty_row == EmptyRow::Error,

@@ -31,9 +31,9 @@ impl AttentionKernel {
         Self { q_tile, kv_tile, chunk, splits: 1 }
     }
 
-    /// As many ranges of `keys` keys as keep a device busy that runs `wanted` cubes at once.
-    pub(super) fn with_splits(self, cubes: usize, keys: usize, wanted: usize) -> Self {
-        let most = keys.div_ceil(self.kv_tile).clamp(1, Self::MOST_SPLITS);
+    /// As many ranges of `keys` keys, of `least` or more, as keep a device busy that runs `wanted` cubes at once.
+    pub(super) fn with_splits(self, cubes: usize, keys: usize, least: usize, wanted: usize) -> Self {
+        let most = keys.div_ceil(least).clamp(1, Self::MOST_SPLITS);
         Self { splits: (wanted / cubes.max(1)).clamp(1, most), ..self }
     }
 
@@ -116,9 +116,9 @@ mod tests {
             assert_eq!(kernel.quads() * kernel.row_groups() * kernel.slices(), UNITS as usize);
         }
         let kernel = AttentionKernel::for_rows(8);
-        assert_eq!(kernel.with_splits(8, 1000, 512).splits, 16);
-        assert_eq!(kernel.with_splits(8, 100_000, 512).splits, 64);
-        assert_eq!(kernel.with_splits(1000, 100_000, 512).splits, 1);
+        assert_eq!(kernel.with_splits(8, 1000, 64, 512).splits, 16);
+        assert_eq!(kernel.with_splits(8, 100_000, 64, 512).splits, 64);
+        assert_eq!(kernel.with_splits(1000, 100_000, 64, 512).splits, 1);
         assert!(AttentionKernel { chunk: 48, ..kernel }.defect(32 << 10).is_some());
         assert!(AttentionKernel { kv_tile: 512, ..kernel }.defect(32 << 10).is_some());
         assert!(AttentionKernel { kv_tile: 16, ..kernel }.defect(32 << 10).is_some());

@@ -10,6 +10,7 @@ use half::f16;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::Tensor;
 
+use crate::halves::{pair, rest};
 use crate::launch::{UNITS, cubes, units};
 use crate::linear::epilogue::{Epilogue, finish};
 use crate::linear::operands::{Input, Product, load_input};
@@ -128,25 +129,16 @@ fn sign(#[comptime] stage: u32) -> f32 {
 
 /// Two values as f16 in a word.
 #[cube]
-fn pair(low: f32, high: f32) -> u32 {
-    let mut halves = Vector::<f16, Const<2>>::empty();
-    halves.insert(0usize, f16::cast_from(low));
-    halves.insert(1usize, f16::cast_from(high));
-    u32::reinterpret(halves)
-}
-
-/// What is left of a value when its f16 is taken away.
-#[cube]
-fn rest(value: f32) -> f32 {
-    value - f32::cast_from(f16::cast_from(value))
+fn f16_pair(low: f32, high: f32) -> u32 {
+    u32::reinterpret(pair::<f16>(low, high))
 }
 
 /// A lane's four values as f16.
 #[cube]
 pub(super) fn high_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
     let mut words = Vector::<u32, Const<2>>::empty();
-    words.insert(0usize, pair(values[0], values[1]));
-    words.insert(1usize, pair(values[2], values[3]));
+    words.insert(0usize, f16_pair(values[0], values[1]));
+    words.insert(1usize, f16_pair(values[2], values[3]));
     words
 }
 
@@ -154,8 +146,8 @@ pub(super) fn high_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
 #[cube]
 pub(super) fn low_words(values: &Array<f32>) -> Vector<u32, Const<2>> {
     let mut words = Vector::<u32, Const<2>>::empty();
-    words.insert(0usize, pair(rest(values[0]), rest(values[1])));
-    words.insert(1usize, pair(rest(values[2]), rest(values[3])));
+    words.insert(0usize, f16_pair(rest::<f16>(values[0]), rest::<f16>(values[1])));
+    words.insert(1usize, f16_pair(rest::<f16>(values[2]), rest::<f16>(values[3])));
     words
 }
 

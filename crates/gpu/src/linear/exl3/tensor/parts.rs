@@ -8,6 +8,7 @@ use marlin_formats::DType;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
+use crate::halves::{inverse, power};
 use crate::launch::{UNITS, cubes, units};
 use crate::linear::exl3::rotate::{Channels, LANES, first_channel, high_words, low_words, place};
 use crate::reduce::{cube_max, max_of};
@@ -50,23 +51,6 @@ impl Parts {
 
 /// The exponent of a row's largest value times its power of two: f16 ends just below 2^16.
 pub(super) const TOP: u32 = 14;
-
-/// The largest exponent of a power that has an inverse.
-const MOST: u32 = 253;
-
-/// The power of two for a row whose largest value this is, which it moves to `[2^top, 2^(top + 1))`.
-#[cube]
-pub(super) fn power(largest: f32, #[comptime] top: u32) -> f32 {
-    // Biased exponents of the two.
-    let exponent = comptime!(2 * 127 + top) - (u32::reinterpret(largest) >> 23u32);
-    f32::reinterpret(select(exponent < comptime!(MOST), exponent, MOST.runtime()) << 23u32)
-}
-
-/// One over a power of two.
-#[cube]
-pub(super) fn inverse(power: f32) -> f32 {
-    f32::reinterpret(comptime!(254u32 << 23) - u32::reinterpret(power))
-}
 
 /// Vectors that a unit loads at once.
 const AT_ONCE: usize = 4;
