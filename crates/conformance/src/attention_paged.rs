@@ -191,11 +191,8 @@ impl Case for PagedCase {
     }
 
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance> {
-        let cache = match self.format {
-            KvFormat::F32 => DType::F32,
-            KvFormat::F16 => DType::F16,
-            _ => DType::BF16,
-        };
+        // Codes and values of 16 bits are operands as they are.
+        let cache = if self.format == KvFormat::F32 { DType::F32 } else { DType::F16 };
         vec![Tolerance::Blocks { block: self.value_dim, bound: tolerance::attention(mode, cache) }]
     }
 }

@@ -33,8 +33,7 @@ pub enum Mode {
     Exact,
     /// The default of CPUs: activations of integer formats to int8 blocks, which the oracle rounds too, and those of EXL3.
     Int8Activations,
-    /// The default of GPUs: activations of EXL3, to f16 after the rotation, probabilities of attention over f16 values, and f32
-    /// in attention to sums of two bf16.
+    /// The default of GPUs: activations of EXL3, to f16 after the rotation, and f32 keys and values, to sums of two bf16.
     F16Activations,
 }
 

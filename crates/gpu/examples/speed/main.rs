@@ -265,8 +265,8 @@ fn run_attention() -> Result<()> {
     let many = AttentionKernel { q_tile: 64, kv_tile: 32, chunk: 32, splits: 1 };
     let one = |context: usize| AttentionKernel { q_tile: 4, kv_tile: 128, chunk: 32, splits: (context / 128).min(128) };
     println!("| cache | queries | context | kernel | us | GB/s | TFLOP/s |\n|---|---|---|---|---|---|---|");
-    for (queries, context) in [(1, 512), (1, 4096), (1, 32_768), (512, 512), (512, 4096), (4096, 4096)] {
-        for cache in [DType::F16, DType::F32] {
+    for (queries, context) in [(1, 4096), (1, 32_768), (512, 512), (512, 4096), (4096, 4096)] {
+        for cache in [DType::F16, DType::BF16, DType::F32] {
             for (name, exact, kernel) in [
                 ("exact", true, None),
                 ("default", false, None),
@@ -316,10 +316,11 @@ fn attend(
             empty_row: EmptyRow::Error,
             out: &mut out,
         };
-        Ok(match kernel {
+        match kernel {
             Some(kernel) => bench.gpu.attention_with(args, kernel)?,
             None => bench.gpu.attention(args)?,
-        })
+        }
+        Ok(())
     })?;
     let visible = queries * context - queries * (queries - 1) / 2;
     let flops = 4.0 * (heads * size * visible) as f64;

@@ -39,11 +39,11 @@ const STEP: usize = 32;
 const FEW_F32_ROWS: usize = 4;
 
 /// Shared memory that the compiler may take beside what a kernel asks for.
-pub(super) const SHARED_BESIDE: usize = 4096;
+pub(crate) const SHARED_BESIDE: usize = 4096;
 
 /// What the devices of compute capability 7.5, 8.6 to 12.0, 8.0 and 9.0 have.
 #[cfg(test)]
-pub(super) const SHARED: [usize; 4] = [64 << 10, 99 << 10, 163 << 10, 227 << 10];
+pub(crate) const SHARED: [usize; 4] = [64 << 10, 99 << 10, 163 << 10, 227 << 10];
 
 /// A kernel of this module.
 #[derive(Clone, Copy)]
