@@ -31,7 +31,8 @@ pub struct DeviceArgs {
     /// Number of the device among those of its kind, as `marlin devices` lists them [default: the best]
     #[arg(long, value_name = "N")]
     pub device_index: Option<usize>,
-    /// Multiply decoded weights with f32 activations instead of int8 ones, on NVIDIA GPUs EXL3 weights instead of f16 ones
+    /// Multiply decoded weights with f32 activations instead of int8 ones, on NVIDIA GPUs EXL3 weights instead of f16 ones, and
+    /// f32 keys and values as they are
     #[arg(long)]
     pub exact: bool,
     /// CPU threads [default: all cores]

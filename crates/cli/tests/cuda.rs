@@ -37,9 +37,11 @@ fn models_run_unchanged() {
     decode::one_small_read_a_token(&gpu);
     golden::parity::check_all_on(&gpu);
     golden::parity::check_exl3_on(&gpu);
-    // Where activations of EXL3 are rounded.
     drop(gpu);
-    golden::parity::check_exl3_on(&Arc::new(marlin_gpu::cuda(None).unwrap()));
+    // Where activations of EXL3, and keys and values of latent attention, are rounded.
+    let gpu = Arc::new(marlin_gpu::cuda(None).unwrap());
+    golden::parity::check_all_on(&gpu);
+    golden::parity::check_exl3_on(&gpu);
 }
 
 /// Tokens enough for shapes to change several times.

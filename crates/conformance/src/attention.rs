@@ -5,7 +5,7 @@ use marlin_ops::attention::{AttentionArgs, EmptyRow, KvWriteArgs, Window};
 use marlin_ops::{Backend, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
-use crate::input::{Output, floats, floats_as, poison};
+use crate::input::{Output, floats, floats_as, poison_as};
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance};
 
@@ -32,7 +32,10 @@ struct AttentionCase {
     kv_len: Vec<usize>,
     /// Unused rows behind the longest sequence; they hold NaN.
     spare: usize,
+    /// Keys and values.
     dtype: DType,
+    /// Queries and results.
+    io: DType,
     causal: bool,
     window: Window,
     softcap: Option<f32>,
@@ -58,6 +61,7 @@ fn base(queries: usize, kv_len: usize) -> AttentionCase {
         kv_len: vec![kv_len],
         spare: 3,
         dtype: DType::F32,
+        io: DType::F32,
         causal: true,
         window: Window::None,
         softcap: None,
@@ -139,6 +143,9 @@ impl Case for AttentionCase {
         if self.constant_v {
             text += " constant V";
         }
+        if self.io != DType::F32 {
+            text += &format!(" io={}", self.io.name());
+        }
         text
     }
 
@@ -146,7 +153,7 @@ impl Case for AttentionCase {
         let random = &mut Random::of(&self.configuration());
         let batch = self.kv_len.len();
         let q_dims = [batch, self.queries, self.q_heads, self.head_dim];
-        let q = floats(b, &q_dims, &random.normals(q_dims.iter().product()))?;
+        let q = floats_as(b, self.io, &q_dims, &random.normals(q_dims.iter().product()))?;
         let (dims, k) = self.cache(self.head_dim, random);
         let k = floats_as(b, self.dtype, &dims, &k)?;
         let (dims, mut v) = self.cache(self.value_dim, random);
@@ -157,7 +164,7 @@ impl Case for AttentionCase {
         let (dims, mask) = self.mask(random);
         let mask = floats(b, &dims, &mask)?;
         let sinks = floats(b, &[self.q_heads], &random.normals(self.q_heads))?;
-        let mut out = poison(b, &[batch, self.queries, self.q_heads, self.value_dim])?;
+        let mut out = poison_as(b, self.io, &[batch, self.queries, self.q_heads, self.value_dim])?;
         let mut kv_len = self.kv_len.clone();
         kv_len.resize(batch + self.surplus_len, 1);
         b.attention(AttentionArgs {
@@ -183,7 +190,11 @@ impl Case for AttentionCase {
             return vec![Tolerance::Blocks { block: self.value_dim, bound }];
         }
         // V is at most sqrt 12 in size.
-        let bound = tolerance::attention(mode, self.dtype);
+        let bound = match self.io {
+            DType::F16 => tolerance::ATTENTION_F16,
+            DType::BF16 => tolerance::ATTENTION_BF16,
+            _ => tolerance::attention(mode, self.dtype),
+        };
         let of_max_v = tolerance::attention_of_max_v(bound) * 12f64.sqrt();
         let count = self.kv_len.len() * self.queries * self.q_heads * self.value_dim;
         let absolute = vec![of_max_v; count];
@@ -299,12 +310,17 @@ fn shapes<B: Backend>(runner: &mut Runner<'_, B>) {
     // More queries than keys: the earliest ones lie before the first key.
     runner.check(&AttentionCase { causal: false, ..base(9, 4) });
     for (queries, kv_len) in [(1, 130), (9, 33)] {
-        for head_dim in [1, 8, 24, 32, 40, 80, 96, 100, 112, 128, 192, 256] {
-            let value_dim = head_dim;
-            runner.check(&AttentionCase { head_dim, value_dim, ..base(queries, kv_len) });
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for head_dim in [1, 8, 24, 32, 40, 80, 96, 100, 112, 128, 192, 256] {
+                let value_dim = head_dim;
+                runner.check(&AttentionCase { head_dim, value_dim, dtype, ..base(queries, kv_len) });
+            }
+            for (head_dim, value_dim) in [(192, 128), (24, 16), (64, 7), (33, 65), (128, 260)] {
+                runner.check(&AttentionCase { head_dim, value_dim, dtype, ..base(queries, kv_len) });
+            }
         }
-        for (head_dim, value_dim) in [(192, 128), (24, 16), (64, 7)] {
-            runner.check(&AttentionCase { head_dim, value_dim, ..base(queries, kv_len) });
+        for (dtype, io) in [(DType::F16, DType::F16), (DType::BF16, DType::BF16), (DType::F16, DType::BF16)] {
+            runner.check(&AttentionCase { dtype, io, ..base(queries, kv_len) });
         }
         for (q_heads, kv_heads) in [(1, 1), (3, 3), (8, 1), (7, 1), (16, 1), (12, 4), (32, 2)] {
             for dtype in [DType::F32, DType::BF16] {
@@ -324,45 +340,44 @@ fn shapes<B: Backend>(runner: &mut Runner<'_, B>) {
 
 fn options<B: Backend>(runner: &mut Runner<'_, B>) {
     for (queries, kv_len) in [(1, vec![130]), (17, vec![33]), (5, vec![70, 9])] {
-        let base = AttentionCase { kv_len, ..base(queries, 1) };
-        let windows = [
-            Window::Left(1),
-            Window::Left(4),
-            Window::Left(16),
-            Window::Left(1000),
-            Window::Symmetric { left: 3, right: 2 },
-            Window::Symmetric { left: 0, right: 0 },
-        ];
-        for window in windows {
-            for causal in [true, false] {
-                runner.check(&AttentionCase { window, causal, ..base.clone() });
-            }
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            options_of(runner, &AttentionCase { kv_len: kv_len.clone(), dtype, ..base(queries, 1) });
         }
-        for mask in [Mask::Shared, Mask::Full] {
-            for causal in [true, false] {
-                runner.check(&AttentionCase { mask, causal, ..base.clone() });
-            }
-        }
-        let zero = AttentionCase { mask: Mask::FirstRowHidden, empty_row: EmptyRow::Zero, ..base.clone() };
-        runner.check(&zero);
-        runner.check(&AttentionCase { sinks: true, empty_row: EmptyRow::Error, ..zero });
-        for softcap in [0.5, 30.0] {
-            runner.check(&AttentionCase { softcap: Some(softcap), ..base.clone() });
-        }
-        runner.check(&AttentionCase { sinks: true, ..base.clone() });
-        let all = AttentionCase {
-            softcap: Some(5.0),
-            sinks: true,
-            mask: Mask::Full,
-            window: Window::Left(7),
-            dtype: DType::BF16,
-            ..base.clone()
-        };
-        runner.check(&all);
-        runner.check(&AttentionCase { scale: 30.0, ..base.clone() });
-        runner.check(&AttentionCase { constant_v: true, ..base.clone() });
-        runner.check(&AttentionCase { scale: 0.0, ..base });
     }
+}
+
+fn options_of<B: Backend>(runner: &mut Runner<'_, B>, base: &AttentionCase) {
+    let windows = [
+        Window::Left(1),
+        Window::Left(4),
+        Window::Left(16),
+        Window::Left(1000),
+        Window::Symmetric { left: 3, right: 2 },
+        Window::Symmetric { left: 0, right: 0 },
+    ];
+    for window in windows {
+        for causal in [true, false] {
+            runner.check(&AttentionCase { window, causal, ..base.clone() });
+        }
+    }
+    for mask in [Mask::Shared, Mask::Full] {
+        for causal in [true, false] {
+            runner.check(&AttentionCase { mask, causal, ..base.clone() });
+        }
+    }
+    let zero = AttentionCase { mask: Mask::FirstRowHidden, empty_row: EmptyRow::Zero, ..base.clone() };
+    runner.check(&zero);
+    runner.check(&AttentionCase { sinks: true, empty_row: EmptyRow::Error, ..zero });
+    for softcap in [0.5, 30.0] {
+        runner.check(&AttentionCase { softcap: Some(softcap), ..base.clone() });
+    }
+    runner.check(&AttentionCase { sinks: true, ..base.clone() });
+    let all =
+        AttentionCase { softcap: Some(5.0), sinks: true, mask: Mask::Full, window: Window::Left(7), ..base.clone() };
+    runner.check(&all);
+    runner.check(&AttentionCase { scale: 30.0, ..base.clone() });
+    runner.check(&AttentionCase { constant_v: true, ..base.clone() });
+    runner.check(&AttentionCase { scale: 0.0, ..base.clone() });
 }
 
 fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {

@@ -298,18 +298,26 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
 fn options<B: Backend>(runner: &mut Runner<'_, B>) {
     runner.check(&base(1, &[4095]));
     runner.check(&base(0, &[5]));
-    for block_size in [1, 8, 24, 128] {
-        runner.check(&PagedCase { block_size, ..base(3, &[130, 7]) });
+    for format in [KvFormat::F32, KvFormat::F16] {
+        for block_size in [1, 8, 24, 128] {
+            runner.check(&PagedCase { block_size, format, ..base(3, &[130, 7]) });
+        }
+        options_of(runner, format);
     }
+}
+
+fn options_of<B: Backend>(runner: &mut Runner<'_, B>, format: KvFormat) {
     for (queries, kv_len) in [(1, &[130, 17][..]), (9, &[40, 33])] {
-        let base = base(queries, kv_len);
+        let base = PagedCase { format, ..base(queries, kv_len) };
         for window in [Window::Left(1), Window::Left(20), Window::Symmetric { left: 3, right: 2 }] {
             runner.check(&PagedCase { window, causal: false, ..base.clone() });
         }
         runner.check(&PagedCase { shared: true, ..base.clone() });
-        runner.check(&PagedCase { softcap: Some(5.0), sinks: true, format: KvFormat::Int8, ..base.clone() });
+        let format = if format == KvFormat::F32 { KvFormat::Int8 } else { format };
+        runner.check(&PagedCase { softcap: Some(5.0), sinks: true, format, ..base.clone() });
         let zero = PagedCase { empty_row: EmptyRow::Zero, kv_len: vec![33, 0, 17], ..base };
-        runner.check(&PagedCase { format: KvFormat::Fp8, ..zero.clone() });
+        let format = if format == KvFormat::Int8 { KvFormat::Fp8 } else { format };
+        runner.check(&PagedCase { format, ..zero.clone() });
         runner.check(&PagedCase { sinks: true, ..zero });
     }
 }

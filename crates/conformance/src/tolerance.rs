@@ -55,6 +55,9 @@ pub const ATTENTION: f64 = LINEAR;
 /// ATT16. Also for scores of 30 and more, whose f32 rounding alone changes a probability by 1e-5.
 pub const ATTENTION_F16: f64 = 8e-4;
 
+/// ATTB16.
+pub const ATTENTION_BF16: f64 = 6e-3;
+
 /// Attention where f32 keys and values are sums of two bf16: 2^-17 of each. Results lose 2e-5 of their size, but ten times that
 /// where values cancel each other.
 pub const ATTENTION_SPLIT: f64 = 4e-4;
@@ -64,7 +67,7 @@ pub const fn attention_of_max_v(bound: f64) -> f64 {
     bound * 1e-3 / ATTENTION_F16
 }
 
-/// relF of attention over such keys and values. GPUs may round f32 ones to sums of two bf16.
+/// relF of attention over such keys and values. GPUs may round f32 ones to sums of two bf16; which shapes they do it for is theirs.
 pub(crate) fn attention(mode: Mode, cache: DType) -> f64 {
     match (mode, cache) {
         (Mode::F16Activations, DType::F32) => ATTENTION_SPLIT,

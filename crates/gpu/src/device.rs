@@ -10,6 +10,7 @@ use marlin_ops::profile::Profiler;
 use marlin_ops::{Device, ExpertWeights, HostTensor, OpError, PathSearch, Result, Shape, Tensor, Weight};
 
 use crate::Buffer;
+use crate::attention;
 use crate::fault;
 use crate::launch::{cubes_for, units};
 use crate::linear;
@@ -60,7 +61,8 @@ impl<R: Runtime> Gpu<R> {
 
     /// The device in its exact mode, or in the other one, in which it is opened. Where there are tensor cores, that one rounds f32
     /// and bf16 activations of products with EXL3 weights to f16 after the rotation, and multiplies one or two rows with values
-    /// of codebook mul1 that are not rounded to f16. The exact mode does so with f16 activations of linear layers only.
+    /// of codebook mul1 that are not rounded to f16. The exact mode does so with f16 activations of linear layers only. The other
+    /// one also takes f32 keys and values, which latent attention has in a prompt, as sums of two bf16.
     pub fn with_exact(self, exact: bool) -> Self {
         Self { exact, ..self }
     }
@@ -72,7 +74,7 @@ impl<R: Runtime> Gpu<R> {
 
     /// Whether results depend on [`Gpu::with_exact`].
     pub fn has_modes(&self) -> bool {
-        linear::exl3::tensor_cores(self)
+        linear::exl3::tensor_cores(self) || attention::has_modes(self)
     }
 
     /// The client for a launch, which is counted. What a device can do is in [`Gpu::properties`].

@@ -3,6 +3,9 @@
 
 use cubecl::prelude::*;
 
+/// The exponent of a row's largest value times its power of two, for f16, which ends just below 2^16.
+pub(crate) const TOP: u32 = 14;
+
 /// The largest exponent of a power that has an inverse.
 const MOST: u32 = 253;
 
@@ -33,4 +36,11 @@ pub(crate) fn pair<F: Float>(low: f32, high: f32) -> Vector<F, Const<2>> {
 #[cube]
 pub(crate) fn rest<F: Float>(value: f32) -> f32 {
     value - f32::cast_from(F::cast_from(value))
+}
+
+/// The same, 0 where the operand is not finite.
+#[cube]
+pub(crate) fn finite_rest<F: Float>(value: f32) -> f32 {
+    let near = f32::cast_from(F::cast_from(value));
+    select(f32::abs(near) < f32::INFINITY, value - near, 0.0f32.runtime())
 }

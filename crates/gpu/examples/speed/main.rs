@@ -98,8 +98,11 @@ fn main() -> Result<()> {
     if let Some(name) = only {
         return run_some(&name, activations.unwrap_or(DType::F16), rows.as_deref().unwrap_or(&SOME_ROWS), exact);
     }
-    if only_attention {
+    if only_attention && json.is_none() && rows.is_none() && activations.is_none() && !exact {
         return run_attention();
+    }
+    if only_attention {
+        bail!("--attention stands alone");
     }
     if rows.is_some() || activations.is_some() || exact {
         bail!("--rows, --activations and --exact need --format");
@@ -262,7 +265,8 @@ fn products(
 
 /// Attention of f32 queries, as models have them, in both modes and beside the kernel for devices without tensor cores.
 fn run_attention() -> Result<()> {
-    let many = AttentionKernel { q_tile: 64, kv_tile: 32, chunk: 32, splits: 1 };
+    // As chosen there.
+    let many = |queries: usize| AttentionKernel { q_tile: 64, kv_tile: 32, chunk: 32, splits: (2112 / queries).max(1) };
     let one = |context: usize| AttentionKernel { q_tile: 4, kv_tile: 128, chunk: 32, splits: (context / 128).min(128) };
     println!("| cache | queries | context | kernel | us | GB/s | TFLOP/s |\n|---|---|---|---|---|---|---|");
     for (queries, context) in [(1, 4096), (1, 32_768), (512, 512), (512, 4096), (4096, 4096)] {
@@ -270,7 +274,7 @@ fn run_attention() -> Result<()> {
             for (name, exact, kernel) in [
                 ("exact", true, None),
                 ("default", false, None),
-                ("general", true, Some(if queries == 1 { one(context) } else { many })),
+                ("general", true, Some(if queries == 1 { one(context) } else { many(queries) })),
             ] {
                 let measured = attend(&Bench::new(exact)?, [DType::F32, cache], queries, context, kernel)?;
                 let (us, rate, flops) = measured.figures();

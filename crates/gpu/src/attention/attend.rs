@@ -8,7 +8,7 @@ use marlin_ops::{Result, Tensor};
 use super::flash::{FlashConfig, GeometryLaunch, flash};
 use super::join::join;
 use super::rows::{Codes, Rows};
-use super::tensor::Fragments;
+use super::tensor::{Fragments, LEAST_KEYS};
 use super::tile::AttentionKernel;
 use crate::element::Storage;
 use crate::launch::{UNITS, cubes, units};
@@ -95,14 +95,15 @@ impl<R: Runtime> Attend<'_, R> {
         Ok(())
     }
 
-    /// Many rows get tensor cores where they can. Few rows get a small tile and, while the device has room for more cubes,
-    /// ranges of keys.
+    /// Tensor cores for what they take, else a tile for the number of rows; while the device has room for more cubes, ranges of
+    /// keys.
     fn choose(&self, gpu: &Gpu<R>) -> (AttentionKernel, Option<Fragments>) {
         let hardware = &gpu.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.map_or(USUAL_PROCESSORS, |n| n as usize);
         let rows = self.queries * self.group;
-        let (q, cache) = (Codes::of(self.q.dtype()), [self.keys.rows.codes, self.values.rows.codes]);
-        let tensor = Fragments::new(gpu, q, cache, [self.keys.width, self.values.width], rows);
+        let io = [self.q.dtype(), self.out.dtype()].map(Codes::of);
+        let cache = [self.keys.rows.codes, self.values.rows.codes];
+        let tensor = Fragments::new(gpu, io, cache, [self.keys.width, self.values.width], rows);
         let kernel = tensor.map_or_else(|| AttentionKernel::for_rows(rows), |(_, kernel)| kernel);
         // Splits are compiled in, and part of a recorded step.
         let keys = planned_keys(self.kv_len.iter().copied().max().unwrap_or(0));
@@ -110,7 +111,7 @@ impl<R: Runtime> Attend<'_, R> {
         let cubes = self.batch * self.kv_heads * rows.div_ceil(kernel.q_tile);
         let tensor = tensor.map(|(fragments, _)| fragments);
         let wanted = processors * tensor.map_or(CUBES_PER_PROCESSOR, Fragments::cubes_per_processor);
-        let least = tensor.map_or(kernel.kv_tile, Fragments::least_keys);
+        let least = tensor.map_or(kernel.kv_tile, |_| LEAST_KEYS);
         (kernel.with_splits(cubes, keys.min(visible), least, wanted), tensor)
     }
 

@@ -3,8 +3,8 @@
 //!
 //! The rows of a cube are the query heads that share a key head, of consecutive queries: they read each key once. A
 //! cube walks over its keys a tile at a time: scores, their softmax, sums of values in registers. With few rows the keys
-//! are split over cubes, and [`super::join`] adds their sums up in the order of the keys. With many rows, devices whose
-//! fragments are known have the products of [`super::tensor`].
+//! are split over cubes, and [`super::join`] adds their sums up in the order of the keys. On devices whose fragments
+//! are known, products are those of [`super::tensor`] for the rows that it takes.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;

@@ -21,6 +21,7 @@ use marlin_ops::{AttentionOps, OpError, PagedAttentionOps, Result};
 
 use crate::Gpu;
 use attend::{Attend, Source};
+pub(crate) use tensor::has_modes;
 pub use tile::AttentionKernel;
 
 /// Keys before or after every position.

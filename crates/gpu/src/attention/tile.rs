@@ -31,7 +31,7 @@ impl AttentionKernel {
         Self { q_tile, kv_tile, chunk, splits: 1 }
     }
 
-    /// As many ranges of `keys` keys, of `least` or more, as keep a device busy that runs `wanted` cubes at once.
+    /// As many ranges of `keys` keys, of about `least` or more, as keep a device busy that runs `wanted` cubes at once.
     pub(super) fn with_splits(self, cubes: usize, keys: usize, least: usize, wanted: usize) -> Self {
         let most = keys.div_ceil(least).clamp(1, Self::MOST_SPLITS);
         Self { splits: (wanted / cubes.max(1)).clamp(1, most), ..self }

@@ -1,9 +1,9 @@
 //! The attention of [`super::flash`] with products of tensor cores (`m16n8k16`).
 //!
 //! A plane has sixteen rows: of few, a cube is one plane, and the keys are split. Keys and values of 16 bits are operands as
-//! they are, queries and probabilities the sum of two, so that sums keep what f32 sums would. Queries that have the type of the
-//! cache are one operand, and so are their probabilities. f32 keys and values are sums of two bf16, which lose 2^-17, so the
-//! exact mode leaves them to the other kernel. Scores leave the products as the next products take probabilities: they stay in registers.
+//! they are, queries and probabilities the sum of two: f16 keep 2^-22 of a value, bf16 2^-17, as in linear layers of f32. Where
+//! queries and results have the type of the cache, one operand stands for a query and for a probability. f32 keys and values are
+//! sums of two bf16; the exact mode leaves them to the other kernel. With infinite keys or values, results may be NaN. Scores leave the products as the next products take probabilities: they stay in registers.
 //!
 //! The order in which a product sums is free: lane `4 g + t` takes columns `8 t .. 8 t + 8` of 32 of a row, one load of
 //! 16 bytes, for two products. Values are transposed on their way into registers (`ldmatrix`).
@@ -11,7 +11,6 @@
 mod products;
 mod stage;
 
-use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
@@ -20,8 +19,8 @@ use super::rows::Codes;
 use super::tile::AttentionKernel;
 use crate::Gpu;
 use crate::element::store;
-use crate::linear::exl3::rotate::has_planes;
-use crate::linear::tensor::SHARED_BESIDE;
+use crate::linear::exl3::rotate::LANES;
+use crate::linear::tensor::{SHARED_BESIDE, has_fragments};
 use crate::reduce::max_of;
 use products::{add_values, multiply_blocks, multiply_keys, push_operands, query_operands};
 use stage::{load_keys, stage_keys, stage_queries, store_value, value_words};
@@ -30,14 +29,18 @@ use stage::{load_keys, stage_keys, stage_queries, store_value, value_words};
 const ROWS: usize = 16;
 /// Columns of a step: a lane has eight of them.
 const STEP: usize = 32;
-/// Lanes of a plane.
-const LANES: usize = 32;
-
 /// Planes of a cube of more rows than one plane has.
 const PLANES: usize = 4;
 
-/// Widest rows whose sums stay in registers.
+/// Fewest columns of keys and of values: those of a product. Of narrower rows, steps are mostly padding.
+const LEAST_COLUMNS: usize = 16;
+/// Most columns of keys and of values: those whose sums stay in registers.
 const MOST_COLUMNS: usize = 256;
+/// The same where a tile of keys and one of values, of one operand each, are in registers too.
+const MOST_COLUMNS_ALONE: usize = 128;
+
+/// Keys that are worth a split.
+pub(super) const LEAST_KEYS: usize = 128;
 
 /// What probabilities are multiplied by, so that what is left of small ones is no subnormal f16.
 const LIFT: f32 = 32_768.0;
@@ -60,15 +63,16 @@ pub(super) struct Fragments {
 }
 
 impl Fragments {
-    /// Those for so many rows of queries `[rows, head_dim]`, and for keys and values, with their kernel; if the device has them.
+    /// Those for so many rows of queries, of `head_dim`, and of results, and for keys and values, with their kernel; if the device
+    /// has them.
     pub(super) fn new<R: Runtime>(
         gpu: &Gpu<R>,
-        q: Codes,
+        io: [Codes; 2],
         cache: [Codes; 2],
         dims: [usize; 2],
         rows: usize,
     ) -> Option<(Self, AttentionKernel)> {
-        let fragments = Self::of(q, cache, dims, rows).filter(|f| f.cache_parts == 1 || !gpu.is_exact())?;
+        let fragments = Self::of(io, cache, dims, rows).filter(|f| f.cache_parts == 1 || !gpu.is_exact())?;
         let kernel = fragments.kernel();
         let shared = fragments.shared_bytes(kernel) + SHARED_BESIDE;
         let fits = shared <= gpu.properties().hardware.max_shared_memory_size;
@@ -76,7 +80,7 @@ impl Fragments {
     }
 
     /// The same on any device.
-    fn of(q: Codes, cache: [Codes; 2], [head_dim, value_dim]: [usize; 2], rows: usize) -> Option<Self> {
+    fn of(io: [Codes; 2], cache: [Codes; 2], [head_dim, value_dim]: [usize; 2], rows: usize) -> Option<Self> {
         let (bf16, cache_parts) = match cache {
             [Codes::F16, Codes::F16] => (false, 1),
             [Codes::BF16, Codes::BF16] => (true, 1),
@@ -84,11 +88,10 @@ impl Fragments {
             _ => return None,
         };
         let planes = if rows <= ROWS { 1 } else { PLANES };
-        let row_parts = if cache_parts == 1 && q == cache[0] { 1 } else { 2 };
+        let row_parts = if cache_parts == 1 && io == [cache[0]; 2] { 1 } else { 2 };
         let widest = head_dim.max(value_dim);
-        // A plane alone holds a tile of keys and one of values beside its sums.
-        let too_many = if planes == 1 { cache_parts > 1 || widest > MOST_COLUMNS / 2 } else { widest > MOST_COLUMNS };
-        if head_dim == 0 || too_many {
+        let too_many = if planes == 1 { cache_parts > 1 || widest > MOST_COLUMNS_ALONE } else { widest > MOST_COLUMNS };
+        if head_dim.min(value_dim) < LEAST_COLUMNS || too_many {
             return None;
         }
         let [key_steps, value_steps] = [head_dim, value_dim].map(|columns| columns.div_ceil(STEP));
@@ -113,11 +116,6 @@ impl Fragments {
     /// Cubes that keep a core busy.
     pub(super) const fn cubes_per_processor(self) -> usize {
         8 / self.planes
-    }
-
-    /// Fewest keys of a split: enough for the loads ahead.
-    pub(super) const fn least_keys(self) -> usize {
-        128
     }
 
     /// Keys at once: as many as leave a core room for several cubes.
@@ -166,10 +164,12 @@ impl Fragments {
 
 /// Whether the device multiplies such operands and loads them transposed.
 fn has_products<R: Runtime>(gpu: &Gpu<R>, elem: ElemType) -> bool {
-    let (ab, cd) = (elem.into(), ElemType::Float(FloatKind::F32).into());
-    let config = MmaConfig { a_type: ab, b_type: ab, cd_type: cd, m: 16, n: 8, k: 16 };
-    let matmul = &gpu.properties().features.matmul;
-    has_planes(gpu) && matmul.mma.contains(&config) && matmul.ldmatrix.contains(&ab)
+    has_fragments(gpu, elem) && gpu.properties().features.matmul.ldmatrix.contains(&elem.into())
+}
+
+/// Whether attention over f32 keys and values depends on the mode.
+pub(crate) fn has_modes<R: Runtime>(gpu: &Gpu<R>) -> bool {
+    has_products(gpu, ElemType::Float(FloatKind::BF16))
 }
 
 /// Eight values of 16 bits.
@@ -447,14 +447,14 @@ fn finish<S: Numeric, O: Numeric>(
     #[comptime] f: Fragments,
 ) {
     let splits = comptime!(c.kernel.splits);
-    let lane = UNIT_POS as usize % 4usize;
+    let place = UNIT_POS as usize % 4usize;
     #[unroll]
     for half in 0..2usize {
         let row = p.first_row + lane_row() + comptime!(8 * half);
         if row < p.rows {
             let at = query_row(g, p, row);
             let (max, weight) = (rows.max[half], rows.weight[half]);
-            let factor = close_row::<S>(sinks, sums, faults, at, max, weight, lane == 0, g, p.split, c);
+            let factor = close_row::<S>(sinks, sums, faults, at, max, weight, place == 0, g, p.split, c);
             let factor = factor * comptime!(if f.bf16 { 1.0 } else { 1.0 / LIFT });
             let start = (at * splits + p.split) * g.value_dim as usize;
             #[unroll]
@@ -463,7 +463,7 @@ fn finish<S: Numeric, O: Numeric>(
                 let pair = block[half];
                 #[unroll]
                 for i in 0..2usize {
-                    let column = lane * 2usize + comptime!(8 * j + i);
+                    let column = place * 2usize + comptime!(8 * j + i);
                     if column < g.value_dim as usize {
                         store::<O>(out, start + column, pair.extract(i) * factor, c.out);
                     }
@@ -482,9 +482,10 @@ mod tests {
     fn tiles_divide_among_units_and_fit() {
         for rows in [1, ROWS, ROWS + 1, 500] {
             for cache in [Codes::F16, Codes::BF16, Codes::F32] {
-                for dims in [[1, 1], [64, 64], [96, 80], [128, 128], [192, 128], [256, 256]] {
-                    let Some(f) = Fragments::of(Codes::F32, [cache; 2], dims, rows) else {
-                        assert!(rows <= ROWS && (cache == Codes::F32 || dims[0] > 128), "{rows} {cache:?} {dims:?}");
+                for dims in [[16, 16], [64, 64], [96, 80], [128, 128], [192, 128], [64, 192], [256, 256]] {
+                    let Some(f) = Fragments::of([Codes::F32; 2], [cache; 2], dims, rows) else {
+                        let wide = dims.into_iter().any(|columns| columns > 128);
+                        assert!(rows <= ROWS && (cache == Codes::F32 || wide), "{rows} {cache:?} {dims:?}");
                         continue;
                     };
                     let kernel = f.kernel();
@@ -493,17 +494,21 @@ mod tests {
                         assert!((kernel.kv_tile * vectors).is_multiple_of(f.units()), "{f:?}");
                     }
                     let used = f.shared_bytes(kernel) + SHARED_BESIDE;
-                    // Rows of 128 values of 16 bits fit every device, and three cubes of them the most recent.
-                    let wide = cache == Codes::F32 || dims[0] > 128;
+                    // Of 128 columns of 16 bits, three cubes fit the most recent devices.
+                    let wide = cache == Codes::F32 || dims.into_iter().any(|columns| columns > 128);
                     assert!(used <= if wide { SHARED[3] } else { SHARED[3] / 3 }, "{f:?}: {used}");
                 }
             }
         }
-        let few = |q, cache, dims| Fragments::of(q, cache, dims, 4);
-        assert_eq!(few(Codes::F32, [Codes::F16, Codes::BF16], [64, 64]), None);
-        assert_eq!(few(Codes::F32, [Codes::Fp8; 2], [64, 64]), None);
-        assert_eq!(few(Codes::F32, [Codes::F16; 2], [576, 512]), None);
-        assert_eq!(few(Codes::F16, [Codes::F16; 2], [64, 64]).map(|f| f.row_parts), Some(1));
-        assert_eq!(few(Codes::BF16, [Codes::F16; 2], [64, 64]).map(|f| f.row_parts), Some(2));
+        let of = |io, cache, dims| Fragments::of(io, cache, dims, 500);
+        assert_eq!(of([Codes::F32; 2], [Codes::F16, Codes::BF16], [64, 64]), None);
+        assert_eq!(of([Codes::F32; 2], [Codes::Fp8; 2], [64, 64]), None);
+        for dims in [[576, 512], [64, 8], [8, 64]] {
+            assert_eq!(of([Codes::F32; 2], [Codes::F16; 2], dims), None);
+        }
+        let parts = |io, cache| of(io, [cache; 2], [64, 64]).map(|f| f.row_parts);
+        assert_eq!(parts([Codes::F16; 2], Codes::F16), Some(1));
+        assert_eq!(parts([Codes::BF16; 2], Codes::F16), Some(2));
+        assert_eq!(parts([Codes::F16, Codes::F32], Codes::F16), Some(2));
     }
 }

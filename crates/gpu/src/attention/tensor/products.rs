@@ -4,9 +4,10 @@ use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::*;
 
 use super::stage::place;
-use super::{Fragments, LANES, LIFT, LaneRows, Pair, Sums, Words, lane_row, zeros};
+use super::{Fragments, LIFT, LaneRows, Pair, Sums, Words, lane_row, zeros};
 use crate::attention::flash::FlashConfig;
 use crate::halves::{pair, rest};
+use crate::linear::exl3::rotate::LANES;
 
 /// The operands of the plane's queries in a step: [part, half of the step].
 #[cube]

@@ -2,14 +2,12 @@
 
 use cubecl::prelude::*;
 
-use super::{Fragments, LANES, STEP, Words};
+use super::{Fragments, STEP, Words};
 use crate::attention::flash::{FlashConfig, Geometry, Part, cache_row, query_row};
 use crate::attention::rows::{Rows, load_eight};
-use crate::halves::{inverse, pair, power};
+use crate::halves::{TOP, finite_rest, inverse, pair, power};
+use crate::linear::exl3::rotate::LANES;
 use crate::reduce::max_of;
-
-/// The exponent of a row's largest query times its power of two.
-const TOP: u32 = 14;
 
 /// Loads a lane's words of a tile of keys: [block of eight keys, step].
 #[cube]
@@ -46,13 +44,6 @@ pub(super) fn place(row: usize, column: usize, #[comptime] f: Fragments) -> usiz
     } else {
         row * pitch + column
     }
-}
-
-/// What an operand leaves of a value; 0 of what is not finite.
-#[cube]
-fn finite_rest<F: Float>(value: f32) -> f32 {
-    let near = f32::cast_from(F::cast_from(value));
-    select(f32::abs(near) < f32::INFINITY, value - near, 0.0f32.runtime())
 }
 
 /// Part `part` of eight values.
@@ -148,7 +139,7 @@ fn row_of_key(
     row
 }
 
-/// Eight values of a row, as part `part` of an operand's.
+/// Eight values of a row as operands: their part `part`.
 #[cube]
 fn load_words<N: Size, F: Float>(
     data: &[Vector<u32, N>],
@@ -220,7 +211,7 @@ pub(super) fn value_words<V: Size, F: Float>(
     load_words::<V, F>(v, &cached, column * 8usize, comptime!(i / each), c.v)
 }
 
-/// Puts it into shared memory.
+/// Puts vector `i` of a unit's of a tile of values into shared memory.
 #[cube]
 pub(super) fn store_value<F: Float>(
     values: &mut Shared<[Vector<F, Const<8>>]>,

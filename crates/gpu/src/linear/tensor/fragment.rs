@@ -8,6 +8,7 @@
 //! `4 s + t` of columns `4 g .. 4 g + 4` of the plane's 32 columns, one 16-byte load. Columns 4 g and 4 g + 1 are rows g
 //! and g + 8 of the first product, the other two those of a second.
 
+use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 use half::f16;
 
@@ -30,6 +31,14 @@ pub(super) enum Operand {
 }
 
 impl Operand {
+    /// The element type that kernels see.
+    pub(super) const fn elem(self) -> ElemType {
+        ElemType::Float(match self {
+            Self::F16 => FloatKind::F16,
+            Self::BF16 => FloatKind::BF16,
+        })
+    }
+
     /// The run-time operand `magic` of [`decode_word`]: a constant that the compiler must not take apart, so that masking
     /// and combining is one instruction.
     pub(super) const fn magic(self, code: Code) -> u32 {

@@ -102,7 +102,7 @@ impl Call {
             DType::BF16 => (Operand::BF16, 1),
             _ => (Operand::BF16, split::PARTS),
         };
-        if !has_fragments(gpu, operand) {
+        if !has_fragments(gpu, operand.elem()) {
             return Err("m16n8k16 products of planes of 32 units");
         }
         let code = code_of(decoder).ok_or("weights on tensor cores but int4 and E2M1 with f16 scales")?;
@@ -122,13 +122,9 @@ impl Call {
     }
 }
 
-/// Whether the device multiplies such fragments.
-fn has_fragments<R: Runtime>(gpu: &Gpu<R>, operand: Operand) -> bool {
-    let float = match operand {
-        Operand::F16 => FloatKind::F16,
-        Operand::BF16 => FloatKind::BF16,
-    };
-    let (ab, cd) = (ElemType::Float(float).into(), ElemType::Float(FloatKind::F32).into());
+/// Whether the device multiplies fragments of such operands, to sums of f32.
+pub(crate) fn has_fragments<R: Runtime>(gpu: &Gpu<R>, operand: ElemType) -> bool {
+    let (ab, cd) = (operand.into(), ElemType::Float(FloatKind::F32).into());
     let config = MmaConfig { a_type: ab, b_type: ab, cd_type: cd, m: 16, n: 8, k: 16 };
     has_planes(gpu) && gpu.properties().features.matmul.mma.contains(&config)
 }

@@ -8,7 +8,7 @@ use marlin_formats::DType;
 use marlin_formats::exl3::HADAMARD;
 use marlin_ops::{Result, Tensor};
 
-use crate::halves::{inverse, power};
+use crate::halves::{TOP, inverse, power};
 use crate::launch::{UNITS, cubes, units};
 use crate::linear::exl3::rotate::{Channels, LANES, first_channel, high_words, low_words, place};
 use crate::reduce::{cube_max, max_of};
@@ -48,9 +48,6 @@ impl Parts {
         !matches!(self, Self::Plain)
     }
 }
-
-/// The exponent of a row's largest value times its power of two: f16 ends just below 2^16.
-pub(super) const TOP: u32 = 14;
 
 /// Vectors that a unit loads at once.
 const AT_ONCE: usize = 4;

@@ -13,11 +13,11 @@ use marlin_ops::{Result, Tensor};
 
 use super::assigned::{Arguments, AssignedRows, Origin, origin};
 use super::fragment::{Constants, Lane, decode_lane, lane_word, new_lane};
-use super::parts::{Parts, TOP};
+use super::parts::Parts;
 use super::{bytes, check_shared, operands};
 use crate::decode::Trellis;
 use crate::decode::exl3::SIDE;
-use crate::halves::{inverse, power};
+use crate::halves::{TOP, inverse, power};
 use crate::linear::exl3::rotate::{self, Channels, LANES, NORM, first_channel, high_words, low_words, transform};
 use crate::linear::grid;
 use crate::linear::operands::{Input, Product, load_input};
