@@ -164,14 +164,14 @@ impl PackedWeight {
     /// Repacks a host weight for a device.
     pub(crate) fn new(cpu: &Cpu, weight: Weight) -> Result<Self> {
         let (in_features, out_features) = (weight.in_features(), weight.out_features());
-        let values = match &weight.data {
-            WeightData::Dense(tensor) => pack_dense(cpu, tensor, out_features, in_features)?,
+        let values = match weight.data {
+            WeightData::Dense(tensor) => pack_dense(cpu, &tensor, out_features, in_features)?,
             WeightData::Quantized(matrix) => Values::Quantized(Box::new(pack_quantized(cpu, matrix)?)),
             WeightData::Exl3(matrix) => {
                 matrix.validate()?;
-                Values::Exl3(Exl3::new(cpu, matrix)?)
+                Values::Exl3(Exl3::new(cpu, &matrix)?)
             }
-            WeightData::Grid(matrix) => Values::Grid(Grid::new(cpu, matrix)?),
+            WeightData::Grid(matrix) => Values::Grid(Grid::new(cpu, &matrix)?),
         };
         Ok(Self { in_features, out_features, values, bias: weight.bias })
     }
@@ -410,7 +410,7 @@ fn transpose<const SIZE: usize, L: Send>(
     });
 }
 
-fn pack_quantized(cpu: &Cpu, matrix: &QuantizedMatrix) -> Result<Quantized> {
+fn pack_quantized(cpu: &Cpu, mut matrix: QuantizedMatrix) -> Result<Quantized> {
     let (scheme, n, k) = (matrix.scheme, matrix.out_features, matrix.in_features);
     let format = scheme.format;
     let blocks = k.div_ceil(ACTIVATION_BLOCK);
@@ -418,24 +418,28 @@ fn pack_quantized(cpu: &Cpu, matrix: &QuantizedMatrix) -> Result<Quantized> {
     // Whole blocks of 32, or of 256 with two-level scales, also where a block has several groups.
     let block = if format.scale_kind().is_two_level() { SUPER_BLOCK } else { ACTIVATION_BLOCK };
     let groups = scheme.groups(k).next_multiple_of(block.div_ceil(scheme.group_size));
-    let codes = tile_codes(cpu, &matrix.codes, n, format.layout(), code_rows)?;
+    let byte_floats = ByteFloats::new(&matrix);
+    // Given back before there is room for scales too: the largest matrix decides how much memory loading takes.
+    let words = std::mem::take(&mut matrix.codes);
+    let codes = tile_codes(cpu, &words, n, format.layout(), code_rows)?;
+    drop(words);
     let mask = (1u32 << format.code_bits().min(4)) - 1;
     Ok(Quantized {
         scheme,
         code_rows,
         groups,
         codes,
-        scales: tile_scales(cpu, matrix, &matrix.scales, &matrix.super_scales, groups)?,
+        scales: tile_scales(cpu, &matrix, &matrix.scales, &matrix.super_scales, groups)?,
         shifts: match format.shift() {
             Shift::None => None,
             // Minima are negative offsets.
             Shift::Zero | Shift::Offset => {
                 let supers: Vec<u16> = matrix.super_minima.iter().map(|bits| bits ^ 0x8000).collect();
-                Some(tile_scales(cpu, matrix, &matrix.zeros, &supers, groups)?)
+                Some(tile_scales(cpu, &matrix, &matrix.zeros, &supers, groups)?)
             }
         },
         levels: std::array::from_fn(|i| format.value((i as u32 & mask) as u8, 0.0)),
-        byte_floats: ByteFloats::new(matrix),
+        byte_floats,
     })
 }
 
