@@ -203,6 +203,11 @@ impl Case for AttentionCase {
             Tolerance::Elements { ulps: 0.0, relative: 0.0, absolute },
         ])]
     }
+
+    fn noticed(&self) -> f64 {
+        // ATTB16 lets a row lose 0.6 %, and its largest element is a third of it.
+        if self.io == DType::BF16 { 0.03 } else { 0.01 }
+    }
 }
 
 struct KvWriteCase {

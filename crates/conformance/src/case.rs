@@ -23,6 +23,11 @@ pub(crate) trait Case {
 
     /// How each output is compared.
     fn tolerances(&self, mode: Mode) -> Vec<Tolerance>;
+
+    /// The least change of an output's largest element that must be noticed, as a share of it.
+    fn noticed(&self) -> f64 {
+        0.01
+    }
 }
 
 /// What operations may round on their way.
@@ -120,7 +125,7 @@ impl<'a, B: Backend> Runner<'a, B> {
             let expected = guarded(|| case.run(&self.oracle)).map_err(|error| format!("the oracle: {error}"))?;
             let tolerances = case.tolerances(self.mode);
             if self.tamper {
-                return Ok(tampered(&mut found, &expected, &tolerances));
+                return Ok(tampered(&mut found, &expected, &tolerances, case.noticed()));
             }
             judge(&found, &expected, &tolerances).map(Some)
         });
@@ -197,8 +202,8 @@ pub(crate) fn judge(
     Ok(worst)
 }
 
-/// Judges each output with its largest element changed; the most lenient verdict, none without elements.
-fn tampered(found: &mut [Output], expected: &[Output], tolerances: &[Tolerance]) -> Option<Verdict> {
+/// Judges each output with its largest element changed by `share`; the most lenient verdict, none without elements.
+fn tampered(found: &mut [Output], expected: &[Output], tolerances: &[Tolerance], share: f64) -> Option<Verdict> {
     let mut lenient: Option<Verdict> = None;
     for ((found, expected), tolerance) in found.iter_mut().zip(expected).zip(tolerances) {
         if matches!(tolerance, Tolerance::AtMost(_)) {
@@ -210,7 +215,7 @@ fn tampered(found: &mut [Output], expected: &[Output], tolerances: &[Tolerance])
         };
         *largest = match *largest {
             0.0 => 1.0,
-            v if v.is_finite() => v * 1.01,
+            v if v.is_finite() => v * (1.0 + share),
             _ => 0.0,
         };
         let verdict = tolerance.judge(&found.values, &expected.values);
