@@ -297,13 +297,8 @@ def tiny_models(random):
     projection = lambda name: name.endswith("_proj.weight")
     yield "gptq", LLAMA, lambda w: gptq(w, symmetric=False), {"quantization_config": gptq_config()}, projection
 
-    def act_order(w):
-        # Held as the f16 values that the source computes with.
-        stored, values, _ = gptq(w, order=torch.randperm(w.shape[1]))
-        return stored, values, values.float()
-
-    yield "gptq_act_order", LLAMA, act_order, {
-        "quantization_config": gptq_config(desc_act=True)}, projection
+    act_order = lambda w: gptq(w, order=torch.randperm(w.shape[1]))
+    yield "gptq_act_order", LLAMA, act_order, {"quantization_config": gptq_config(desc_act=True)}, projection
     yield "awq", LLAMA, awq, {"quantization_config": awq_config()}, projection
     args = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
     packed = lambda w: compressed(w, "pack-quantized", **args)
@@ -315,6 +310,25 @@ def tiny_models(random):
     yield "mlx_moe", MOE, lambda w: mlx(w, 4, 32), {"quantization": group, "quantization_config": group}, everything
     yield "bitsandbytes", dict(LLAMA, intermediate_size=128), lambda w: bnb4(w, block=64), {
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, projection
+    orders = []
+
+    def paired_order(w):
+        # Of gate and up of an expert, as of their common input, and of other matrices two by two.
+        orders.append(orders[-1] if len(orders) % 2 else torch.randperm(w.shape[1]))
+        return gptq(w, order=orders[-1])
+
+    yield "gptq_moe_act_order", MOE, paired_order, {"quantization_config": gptq_config(desc_act=True)}, projection
+
+
+def expert_parts(key: str, tensor: torch.Tensor, stacked: bool) -> Tensors:
+    """The matrices of a layer's experts by the names that files have: MLX's stacks, or one expert after the other."""
+    layer, name = key.split(".experts.")
+    width = tensor.shape[1] // 2
+    projections = {"gate_proj": tensor[:, :width], "up_proj": tensor[:, width:]} if name == "gate_up_proj" else {name: tensor}
+    if stacked:
+        return {f"{layer}.switch_mlp.{part}.weight": values for part, values in projections.items()}
+    return {f"{layer}.experts.{e}.{part}.weight": values[e]
+            for e in range(len(tensor)) for part, values in projections.items()}
 
 
 def write_model(out: Path, name, fields, quantize, quantization, chosen, generator) -> None:
@@ -330,11 +344,7 @@ def write_model(out: Path, name, fields, quantize, quantization, chosen, generat
         tensor.copy_(half(torch.randn(tensor.shape, generator=generator) * scale + (tensor.ndim == 1)).float())
         parts = {key: tensor}
         if ".experts." in key:
-            prefix = key.split(".experts.")[0] + ".switch_mlp."
-            width = tensor.shape[1] // 2
-            gate_up = key.endswith("gate_up_proj")
-            parts = {f"{prefix}gate_proj.weight": tensor[:, :width], f"{prefix}up_proj.weight": tensor[:, width:]} if gate_up \
-                else {f"{prefix}down_proj.weight": tensor}
+            parts = expert_parts(key, tensor, stacked="mlx" in name)
         for part, values in parts.items():
             if chosen(part):
                 tensors, _, exact = quantize(values.contiguous())[:3]

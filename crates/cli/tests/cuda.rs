@@ -37,11 +37,13 @@ fn models_run_unchanged() {
     decode::one_small_read_a_token(&gpu);
     golden::parity::check_all_on(&gpu);
     golden::parity::check_exl3_on(&gpu);
+    golden::parity::check_imported_on(&gpu);
     drop(gpu);
     // Where activations of EXL3, and keys and values of latent attention, are rounded.
     let gpu = Arc::new(marlin_gpu::cuda(None).unwrap());
     golden::parity::check_all_on(&gpu);
     golden::parity::check_exl3_on(&gpu);
+    golden::parity::check_imported_on(&gpu);
 }
 
 /// Tokens enough for shapes to change several times.

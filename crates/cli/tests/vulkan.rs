@@ -58,6 +58,13 @@ fn exl3_logits_equal_the_runtimes() {
 }
 
 #[test]
+fn imported_models_have_their_tools_logits() {
+    if let Some(gpu) = device("logits of imported models on Vulkan") {
+        golden::parity::check_imported_on(&Arc::new(gpu));
+    }
+}
+
+#[test]
 fn nothing_but_a_token_travels() {
     if let Some(gpu) = device("traffic per token on Vulkan") {
         decode::one_small_read_a_token(&Arc::new(gpu));

@@ -6,6 +6,7 @@ use marlin_ops::{Backend, Result};
 
 use crate::case::{Case, Mode, Refusal, Runner};
 use crate::input::{Output, floats, floats_as, poison_as};
+use crate::linear::by_rows;
 use crate::random::Random;
 use crate::tolerance::{self, Tolerance};
 
@@ -199,7 +200,7 @@ impl Case for AttentionCase {
         let count = self.kv_len.len() * self.queries * self.q_heads * self.value_dim;
         let absolute = vec![of_max_v; count];
         vec![Tolerance::All(vec![
-            Tolerance::Blocks { block: self.value_dim, bound },
+            by_rows(count / self.value_dim, self.value_dim, bound),
             Tolerance::Elements { ulps: 0.0, relative: 0.0, absolute },
         ])]
     }
@@ -324,7 +325,9 @@ fn shapes<B: Backend>(runner: &mut Runner<'_, B>) {
                 runner.check(&AttentionCase { head_dim, value_dim, dtype, ..base(queries, kv_len) });
             }
         }
-        for (dtype, io) in [(DType::F16, DType::F16), (DType::BF16, DType::BF16), (DType::F16, DType::BF16)] {
+        let halves = runner.half_dtypes();
+        let pairs = [(DType::F16, DType::F16), (DType::BF16, DType::BF16), (DType::F16, DType::BF16)];
+        for (dtype, io) in pairs.into_iter().filter(|(_, io)| halves.contains(io)) {
             runner.check(&AttentionCase { dtype, io, ..base(queries, kv_len) });
         }
         for (q_heads, kv_heads) in [(1, 1), (3, 3), (8, 1), (7, 1), (16, 1), (12, 4), (32, 2)] {

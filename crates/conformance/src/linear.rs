@@ -2,6 +2,7 @@
 
 mod grid;
 mod input_norm;
+mod input_order;
 
 use marlin_formats::{DType, Format};
 use marlin_ops::linear::{Activation, EmbeddingArgs, GatedUpArgs, LinearArgs, Projection, ProjectionsArgs};
@@ -317,7 +318,8 @@ impl GatedUpCase {
             up = up.with_bias(random.normals(up_rows))?;
         }
         let norm = self.norm.then_some(GATED_NORM);
-        Ok((gate, up, rows(self.m, k, self.x_scale, norm, random)))
+        let orders: Vec<_> = [self.gate, self.up].iter().filter_map(|storage| storage.input_order(k)).collect();
+        Ok((gate, up, rows(self.m, k, self.x_scale, norm, &orders, random)))
     }
 }
 
@@ -394,7 +396,8 @@ impl ProjectionsCase {
 
     fn inputs(&self) -> Result<(Vec<f32>, Vec<Weight>)> {
         let random = &mut Random::of(&self.configuration());
-        let mut x = rows(self.m, self.k, self.x_scale, self.norm, random);
+        let orders: Vec<_> = self.weights.iter().filter_map(|(storage, _)| storage.input_order(self.k)).collect();
+        let mut x = rows(self.m, self.k, self.x_scale, self.norm, &orders, random);
         if self.m > 1 {
             x[self.k..2 * self.k].fill(0.0);
         }
@@ -532,6 +535,7 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
     gated_up(runner);
     projections(runner);
     grid::run(runner);
+    input_order::run(runner);
     for (turn, hidden) in [96, 129].into_iter().enumerate() {
         for storage in all_storages(turn) {
             runner.check(&EmbeddingCase::new(storage, hidden));

@@ -183,7 +183,7 @@ impl GatedCase {
         if self.bias {
             (gate, up) = (gate.with_bias(random.normals(self.n))?, up.with_bias(random.normals(self.n))?);
         }
-        Ok((gate, up, rows(self.m, self.k, 1.0, self.norm.then_some(GATED_NORM), random)))
+        Ok((gate, up, rows(self.m, self.k, 1.0, self.norm.then_some(GATED_NORM), &[], random)))
     }
 }
 
@@ -240,7 +240,7 @@ impl ProjectionsCase {
             let weight = random_weight(storage, n, self.k, Scales::Usual, random)?;
             weights.push(if self.bias { weight.with_bias(random.normals(n))? } else { weight });
         }
-        Ok((weights, rows(self.m, self.k, 1.0, self.norm.then_some(GATED_NORM), random)))
+        Ok((weights, rows(self.m, self.k, 1.0, self.norm.then_some(GATED_NORM), &[], random)))
     }
 }
 

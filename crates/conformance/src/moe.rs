@@ -502,6 +502,19 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
             runner.check(&experts(tokens, &[storage]));
         }
     }
+    // Rows in orders of their own: of gate and up the same or different ones, of down, of some experts only; one whose
+    // hidden vector cannot change places.
+    let ordered = |format, order| Storage::Ordered(format, 32, order);
+    let (first, second) = (ordered(Format::Int4S4, 3), ordered(Format::Affine5, 1));
+    for tokens in [1, 3, 5, 33, 130] {
+        for storages in
+            [&[first][..], &[first, second], &[first, first, first, nf4, nf4], &[nf4, nf4, second, rates[0]]]
+        {
+            runner.check(&experts(tokens, storages));
+        }
+        let case = ExpertMlpCase { bias: true, residual: Add::Tensor, ..experts(tokens, &[first, first, second, nf4]) };
+        runner.check(&ExpertMlpCase { hidden: 200, intermediate: 65, ..case });
+    }
     // Codes and scales alike, but other values.
     for tokens in [1, 9] {
         runner.check(&experts(tokens, &[nf4, quantized(Format::Iq4Nl, 32)]));

@@ -6,7 +6,7 @@ use half::f16;
 use marlin_formats::exl3::{Codebook, Exl3Matrix, HADAMARD, tile};
 use marlin_formats::grid::{self, GridMatrix};
 use marlin_formats::{DType, Format, QuantizedMatrix, ScaleKind, Scheme, Shift, store_f32};
-use marlin_ops::{HostTensor, Result, Weight, WeightData};
+use marlin_ops::{HostTensor, InputOrder, Result, Weight, WeightData};
 
 use crate::random::Random;
 
@@ -15,6 +15,8 @@ use crate::random::Random;
 pub(crate) enum Storage {
     Dense(DType),
     Quantized(Format, usize),
+    /// Quantized, with rows in the order of this number.
+    Ordered(Format, usize, u32),
     Exl3(Codebook, u32),
     /// Bits and group size.
     Grid(u32, usize),
@@ -25,6 +27,14 @@ impl Storage {
     pub(crate) fn rotates(&self) -> bool {
         matches!(self, Storage::Exl3(..))
     }
+
+    /// The order of its rows, if it has one of its own.
+    pub(crate) fn input_order(&self, k: usize) -> Option<InputOrder> {
+        match self {
+            Storage::Ordered(_, _, number) => Some(input_order(*number, k)),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Storage {
@@ -32,6 +42,7 @@ impl fmt::Display for Storage {
         match self {
             Storage::Dense(dtype) => write!(f, "{}", dtype.name().to_lowercase()),
             Storage::Quantized(format, group_size) => write!(f, "{format}:g{group_size}"),
+            Storage::Ordered(format, group_size, order) => write!(f, "{format}:g{group_size}:order{order}"),
             Storage::Exl3(codebook, bits) => write!(f, "exl3:{}:{bits}", codebook.name()),
             Storage::Grid(bits, group_size) => write!(f, "grid:{bits}:g{group_size}"),
         }
@@ -79,6 +90,10 @@ pub(crate) fn random_weight(
             let codes: Vec<Vec<u8>> = (0..n).map(|n| (0..k).map(|k| code(n, k)).collect()).collect();
             Weight::quantized(matrix(format, group_size, &codes, scales, random)?)
         }
+        Storage::Ordered(format, group_size, order) => {
+            let weight = random_weight(Storage::Quantized(format, group_size), n, k, scales, random)?;
+            weight.with_input_order(input_order(order, k))
+        }
         Storage::Exl3(codebook, bits) => {
             // Every stream of bits is a tile. Outputs in the padding have scales too: they must not matter.
             let (padded_k, padded_n) = (k.next_multiple_of(HADAMARD), n.next_multiple_of(HADAMARD));
@@ -95,6 +110,11 @@ pub(crate) fn random_weight(
             Weight::exl3(Exl3Matrix { codebook, bits, in_features: k, out_features: n, trellis, suh, svh })
         }
     }
+}
+
+/// Order `number` of k channels, whatever the weight.
+fn input_order(number: u32, k: usize) -> InputOrder {
+    InputOrder::new(Random::of(&format!("order {number} of {k}")).distinct(k, k)).expect("channels are distinct")
 }
 
 /// Random codes, padding included, signs and grid.
@@ -123,16 +143,20 @@ fn grid_matrix(
 
 /// `|code part| + |offset|` of every weight, `[n, k]`; just `|w|` in formats without offsets.
 pub(crate) fn sizes_of_parts(weight: &Weight) -> Result<Vec<f32>> {
-    let mut w = weight.to_f32()?;
-    if let WeightData::Quantized(matrix) = &weight.data {
-        for (n, row) in w.chunks_exact_mut(matrix.in_features).enumerate() {
-            for (g, group) in row.chunks_mut(matrix.scheme.group_size).enumerate() {
-                let offset = matrix.group(n, g)?.offset;
-                group.iter_mut().for_each(|w| *w = (*w - offset).abs() + offset.abs());
-            }
+    let WeightData::Quantized(matrix) = &weight.data else { return weight.to_f32() };
+    let (n, k) = (matrix.out_features, matrix.in_features);
+    let mut w = matrix.decode()?;
+    for (n, row) in w.chunks_exact_mut(k).enumerate() {
+        for (g, group) in row.chunks_mut(matrix.scheme.group_size).enumerate() {
+            let offset = matrix.group(n, g)?.offset;
+            group.iter_mut().for_each(|w| *w = (*w - offset).abs() + offset.abs());
         }
     }
-    Ok(w)
+    let w = Weight::dense(HostTensor::from_f32(&[n, k], &w)?)?;
+    match &weight.input_order {
+        Some(order) => w.with_input_order(order.clone())?.to_f32(),
+        None => w.to_f32(),
+    }
 }
 
 /// A weight in which every input feature k meets every code: `code(n, k) = (n + k) mod codes`.

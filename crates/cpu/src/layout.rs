@@ -19,7 +19,7 @@ use half::f16;
 use marlin_formats::pack::Layout;
 use marlin_formats::{DType, Levels, QuantizedMatrix, SUPER_BLOCK, ScaleKind, Scheme, Shift, load_f32};
 use marlin_ops::activation::ACTIVATION_BLOCK;
-use marlin_ops::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
+use marlin_ops::{ExpertWeights, HostTensor, InputOrder, OpError, Result, Weight, WeightData};
 
 use self::exl3::{Exl3, SPAN};
 use self::grid::Grid;
@@ -34,12 +34,14 @@ pub struct PackedWeight {
     pub(crate) out_features: usize,
     pub(crate) values: Values,
     pub(crate) bias: Option<Vec<f32>>,
+    /// The channels that products read, if not one after the other.
+    pub(crate) input_order: Option<InputOrder>,
 }
 
 /// The routed experts of a layer.
 pub struct PackedExperts(pub(crate) Vec<PackedExpert>);
 
-/// The three projections of one expert.
+/// The three projections of one expert. Gate and up read channels in the same order.
 pub(crate) struct PackedExpert {
     pub(crate) gate: PackedWeight,
     pub(crate) up: PackedWeight,
@@ -173,7 +175,7 @@ impl PackedWeight {
             }
             WeightData::Grid(matrix) => Values::Grid(Grid::new(cpu, &matrix)?),
         };
-        Ok(Self { in_features, out_features, values, bias: weight.bias })
+        Ok(Self { in_features, out_features, values, bias: weight.bias, input_order: weight.input_order })
     }
 
     /// Addresses of the large arrays that products read, from tile `tile` on.
@@ -213,15 +215,17 @@ impl PackedWeight {
         }
     }
 
-    /// Whether tiles of both can be computed together: quantized in the same way.
+    /// Whether tiles of both can be computed together: quantized in the same way, for the same rows of activations.
     pub(crate) fn pairs_with(&self, other: &Self) -> bool {
         match (&self.values, &other.values) {
-            (Values::Quantized(a), Values::Quantized(b)) => a.scheme == b.scheme && a.code_rows == b.code_rows,
+            (Values::Quantized(a), Values::Quantized(b)) => {
+                a.scheme == b.scheme && a.code_rows == b.code_rows && self.input_order == other.input_order
+            }
             _ => false,
         }
     }
 
-    /// Bytes held by the repacked values and the bias.
+    /// Bytes held by the repacked values, their order and the bias.
     pub fn size_in_bytes(&self) -> usize {
         let values = match &self.values {
             Values::F32(lines) => size_of_val(&lines[..]),
@@ -233,7 +237,8 @@ impl PackedWeight {
             Values::Exl3(q) => q.size_in_bytes(),
             Values::Grid(q) => q.size_in_bytes(),
         };
-        values + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
+        let order = self.input_order.as_ref().map_or(0, |order| size_of_val(order.channels()));
+        values + order + self.bias.as_ref().map_or(0, |b| size_of_val(&b[..]))
     }
 
     /// Bias of a tile's columns, 0 where there is none.

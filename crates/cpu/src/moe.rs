@@ -21,6 +21,7 @@ use crate::layout::exl3::SPAN;
 use crate::layout::{PackedExpert, PackedExperts};
 use crate::linear::{Activations, Addend, Gated};
 use crate::simd::{Kernel, LANES, Line, Simd};
+use crate::workspace::Scratch;
 
 /// Largest number of tokens that is not sorted by expert.
 const DECODE_TOKENS: usize = 4;
@@ -222,9 +223,31 @@ impl<'a> ExpertMlp<'a> {
         Gated { gate: &expert.gate, up: &expert.up, activation: self.activation }
     }
 
-    /// The tokens in every form that a chosen expert takes.
-    fn activations(&self, spread: bool) -> Activations<'a> {
-        let mut out = self.cpu.activations(self.x, self.hidden, &[], false);
+    /// A row for each assignment that `assignment` lists, its token's with the channels as its expert reads them; none
+    /// where all experts read them one after the other.
+    fn ordered_rows(&self, assignment: impl Fn(usize) -> usize + Sync + Send) -> Option<Scratch<'a, f32>> {
+        let experts = &self.experts.0;
+        if experts.iter().all(|expert| expert.gate.input_order.is_none()) {
+            return None;
+        }
+        let mut rows = self.cpu.workspace.floats.take(self.ids.len() * self.hidden);
+        self.cpu.for_rows(&mut rows, self.hidden, |row, out| {
+            let assignment = assignment(row);
+            let x = &self.x[assignment / self.top_k * self.hidden..][..self.hidden];
+            match &self.expert(assignment).gate.input_order {
+                Some(order) => order.gather(x, out),
+                None => out.copy_from_slice(x),
+            }
+        });
+        Some(rows)
+    }
+
+    /// Rows in every form that a chosen expert takes.
+    fn activations<'x>(&self, x: &'x [f32], spread: bool) -> Activations<'x>
+    where
+        'a: 'x,
+    {
+        let mut out = self.cpu.activations(x, self.hidden, &[], false);
         for a in 0..self.ids.len() {
             let expert = self.expert(a);
             self.cpu.prepare_activations(&mut out, &[&expert.gate, &expert.up], spread);
@@ -245,19 +268,21 @@ impl<'a> ExpertMlp<'a> {
     fn run_by_slot(&self, out: &mut [f32]) {
         let cpu = self.cpu;
         let slots = self.ids.len();
-        let x = self.activations(false);
+        let ordered = self.ordered_rows(|slot| slot);
+        let x = self.activations(ordered.as_deref().unwrap_or(self.x), false);
         let (tiles, grain) = self.padded_tiles(self.intermediate, PackedExpert::hidden_step);
         let mut hidden = cpu.workspace.lines.take(slots * tiles);
         let work = slots * self.hidden * self.intermediate;
         cpu.pool.for_chunks_of(2 * work, &mut hidden, grain, |i, lines| {
             let (slot, first) = (i * grain / tiles, i * grain % tiles);
-            let (expert, token) = (self.expert(slot), slot / self.top_k);
+            let expert = self.expert(slot);
+            let row = if ordered.is_some() { slot } else { slot / self.top_k };
             let mut panels = cpu.panels(self.hidden);
             let mut acc = [Line::default(); 2 * SPAN];
             let (gated, step, end) = (self.gated(expert), expert.hidden_step(), expert.gate.tiles());
             for (tile, lines) in (first..end).step_by(step).zip(lines.chunks_exact_mut(step)) {
-                let (tiles, rows) = (tile..end.min(tile + step), token..token + 1);
-                cpu.gated_tiles(&gated, tiles, &x, rows, &mut panels, &mut acc[..2 * step]);
+                let (tiles, rows) = (tile..end.min(tile + step), row..row + 1);
+                cpu.gated_tiles(&gated, tiles, [&x; 2], rows, &mut panels, &mut acc[..2 * step]);
                 lines.copy_from_slice(&acc[..step]);
             }
         });
@@ -316,15 +341,18 @@ impl<'a> ExpertMlp<'a> {
         let cpu = self.cpu;
         let assignments = self.ids.len();
         let experts = self.experts.0.len();
-        let x = self.activations(true);
         let mut offsets = cpu.workspace.indices.take(experts + 1);
         let mut tokens = cpu.workspace.indices.take(assignments);
         let mut inverse = cpu.workspace.indices.take(assignments);
         group(self.ids, &mut offsets, &mut tokens, &mut inverse);
+        let ordered = self.ordered_rows(|row| tokens[row] as usize);
         for assignment in &mut *tokens {
             *assignment /= self.top_k as u32;
         }
-        let x = x.with_index(&tokens);
+        let x = match &ordered {
+            Some(ordered) => self.activations(ordered, true),
+            None => self.activations(self.x, true).with_index(&tokens),
+        };
         let mut sorted = cpu.workspace.floats.take(assignments * self.hidden);
         let mut rest = &mut sorted[..];
         let mut tasks = Vec::new();
@@ -360,7 +388,7 @@ impl<'a> ExpertMlp<'a> {
         let end = expert.gate.tiles();
         for tile in (0..end).step_by(step) {
             let tiles = tile..end.min(tile + step);
-            cpu.gated_tiles(&gated, tiles.clone(), x, rows.clone(), &mut panels, &mut acc[..2 * step * count]);
+            cpu.gated_tiles(&gated, tiles.clone(), [x; 2], rows.clone(), &mut panels, &mut acc[..2 * step * count]);
             for (tile, lines) in tiles.zip(acc.chunks_exact(count)) {
                 copy_tile(lines, tile, expert.gate.columns(tile), &mut hidden);
             }

@@ -10,6 +10,7 @@ use marlin_ops::{HostTensor, Result, Weight, WeightData};
 use rayon::prelude::*;
 
 use crate::decode::{Codes, Decoder, PADDED, Scale, Trellis};
+use crate::linear::input_order::DeviceOrder;
 pub use crate::moe::GpuExperts;
 use crate::{Buffer, Gpu};
 
@@ -32,6 +33,8 @@ pub struct GpuWeight {
     pub(crate) table_len: usize,
     /// `[N]` f32.
     pub(crate) bias: Option<Buffer>,
+    /// Where products read their features in x; experts have theirs in [`GpuExperts`].
+    pub(crate) input_order: Option<DeviceOrder>,
 }
 
 /// A weight's bytes as the device takes them.
@@ -65,6 +68,7 @@ impl GpuWeight {
             table_len: packed.table.len().max(1),
             table: gpu.create_f32(OP, &packed.table)?,
             bias,
+            input_order: weight.input_order.as_ref().map(|order| DeviceOrder::new(gpu, order)).transpose()?,
         })
     }
 

@@ -62,6 +62,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(linear)
     }
 
+    /// The linear layer `name` for operations that take no order of rows: see [`Weight::in_channel_order`].
+    pub(crate) fn linear_in_channel_order(&mut self, name: &str) -> Result<Linear<B>> {
+        let weight = self.weight(name)?.in_channel_order()?;
+        let linear = self.prepare(weight)?;
+        self.release(name)?;
+        Ok(linear)
+    }
+
     /// The linear layer `name`, decoded to f32 whatever its stored form (routers); without bias.
     pub(crate) fn linear_f32(&mut self, name: &str) -> Result<Linear<B>> {
         let stored = self.weight(name)?;
@@ -115,7 +123,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The token embedding, `[vocab, hidden]`.
     pub(crate) fn embedding(&mut self) -> Result<Linear<B>> {
         self.enter(String::new());
-        self.linear(EMBEDDING)
+        self.linear_in_channel_order(EMBEDDING)
     }
 
     /// The output head, or none when the embedding serves as one: tied, and no head is stored.

@@ -8,10 +8,10 @@ use std::io::{self, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use marlin_formats::{DType, QuantizedMatrix};
-use marlin_ops::HostTensor;
+use marlin_ops::{HostTensor, InputOrder};
 use serde_json::{Value, json};
 
-use crate::checkpoint::{NATIVE_TENSORS, group_dtype};
+use crate::checkpoint::{INPUT_ORDER, NATIVE_TENSORS, group_dtype};
 use crate::error::{ModelError, Result};
 use shard::Shard;
 
@@ -154,6 +154,7 @@ impl Writer {
 
     /// Writes the native tensors of module `module` (formats.md 0.4): `.mm.q`, `.mm.s`, and where the format has
     /// them `.mm.z` (zero points or offsets), `.mm.ss` and `.mm.sz` (multipliers of two-level scales and minima), `.mm.gs`.
+    /// Beside them [`Writer::input_order`], where rows have an order of their own.
     ///
     /// # Errors
     /// As [`Writer::tensor_with`].
@@ -162,7 +163,7 @@ impl Writer {
         let code_dims = [scheme.code_rows(matrix.in_features), n];
         let group_dims = [scheme.groups(matrix.in_features), n];
         let name = |suffix: &str| format!("{module}.mm.{suffix}");
-        let [q, s, z, ss, sz, gs] = NATIVE_TENSORS;
+        let [q, s, z, ss, sz, gs, _] = NATIVE_TENSORS;
         self.tensor_with(&name(q), DType::U32, &code_dims, |sink| {
             write_values(sink, &matrix.codes, |v| v.to_le_bytes())
         })?;
@@ -185,6 +186,17 @@ impl Writer {
             Some(scale) => self.tensor(&name(gs), DType::F32, &[1], &scale.to_le_bytes()),
             None => Ok(()),
         }
+    }
+
+    /// Writes the channels of the rows of native module `module`, `{module}.mm.o` `[K]` U32.
+    ///
+    /// # Errors
+    /// As [`Writer::tensor_with`].
+    pub fn input_order(&mut self, module: &str, order: &InputOrder) -> Result<()> {
+        let channels = order.channels();
+        self.tensor_with(&format!("{module}.mm.{INPUT_ORDER}"), DType::U32, &[channels.len()], |sink| {
+            write_values(sink, channels, |v| v.to_le_bytes())
+        })
     }
 
     /// Copies the tokenizer, chat template and generation settings of another model folder, where present.

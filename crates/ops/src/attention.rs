@@ -98,7 +98,7 @@ pub struct MlaAttentionArgs<'a, D: Device> {
     pub cache: &'a Tensor<D>,
     /// Valid rows of each sequence, `[B]`.
     pub kv_len: &'a [usize],
-    /// `[H (n + v), r]`.
+    /// `[H (n + v), r]`, rows in the order of channels.
     pub kv_b: &'a Linear<D>,
     /// n, `qk_nope_head_dim`.
     pub nope_head_dim: usize,
@@ -163,6 +163,7 @@ impl<D: Device> MlaAttentionArgs<'_, D> {
             let expected = format!("[{batch}, {queries}, {heads}, v]");
             return Err(OpError::shape(operation, "out", self.out.dims(), expected));
         }
+        self.kv_b.check_channel_order(operation, "kv_b")?;
         let kv_b = [self.kv_b.out_features(), self.kv_b.in_features()];
         if kv_b[0] != heads * (self.nope_head_dim + value) {
             let expected = format!("[{heads} * ({} + {value}), r]", self.nope_head_dim);

@@ -14,7 +14,7 @@ pub enum WeightOrder {
 
 /// Decodes some output features of a weight; its bias is left out.
 pub struct DequantizeArgs<'a, D: Device> {
-    /// `[K, N]` in any format.
+    /// `[K, N]` in any format, rows in the order of channels.
     pub weight: &'a Linear<D>,
     /// The first output feature.
     pub first: usize,
@@ -36,6 +36,7 @@ impl<D: Device> DequantizeArgs<'_, D> {
     fn check(&self) -> Result<()> {
         const OP: &str = "dequantize";
         check::float(OP, "out", self.out)?;
+        self.weight.check_channel_order(OP, "weight")?;
         let (k, n) = (self.weight.in_features(), self.weight.out_features());
         let count = self.count();
         match self.order {

@@ -7,6 +7,7 @@
 mod backend;
 mod check;
 mod error;
+mod input_order;
 mod tensor;
 mod weight;
 
@@ -29,6 +30,7 @@ pub use backend::{Backend, Device};
 pub use convert::ConvertOps;
 pub use error::{OpError, Result};
 pub use hadamard::HadamardOps;
+pub use input_order::InputOrder;
 pub use linear::LinearOps;
 pub use moe::MoeOps;
 pub use norm::NormOps;

@@ -139,7 +139,7 @@ pub struct GatedUpArgs<'a, D: Device> {
 pub struct EmbeddingArgs<'a, D: Device> {
     /// `[T]` U32.
     pub ids: &'a Tensor<D>,
-    /// `[vocab, hidden]`, no bias.
+    /// `[vocab, hidden]`, no bias, rows in the order of channels.
     pub table: &'a Linear<D>,
     /// `[T, hidden]`.
     pub out: &'a mut Tensor<D>,
@@ -304,6 +304,7 @@ pub trait LinearOps: Device {
     fn embedding(&self, args: EmbeddingArgs<'_, Self>) -> Result<()> {
         const OP: &str = "embedding";
         check::dtype(OP, "ids", args.ids, DType::U32)?;
+        args.table.check_channel_order(OP, "table")?;
         let tokens = args.ids.elements();
         check::rows_columns(OP, "out", args.out, tokens, args.table.in_features())?;
         check::float(OP, "out", args.out)?;

@@ -3,7 +3,7 @@ use marlin_formats::grid::GridMatrix;
 use marlin_formats::{DType, QuantizedMatrix};
 
 use crate::profile::{Arithmetic, Cost};
-use crate::{Device, HostTensor, OpError, Result};
+use crate::{Device, HostTensor, InputOrder, OpError, Result};
 
 /// The stored values of one linear layer.
 #[derive(Clone, Debug)]
@@ -25,6 +25,8 @@ pub struct Weight {
     pub data: WeightData,
     /// Optional bias `[out_features]`.
     pub bias: Option<Vec<f32>>,
+    /// The channels of x that the rows of a quantized matrix multiply, if not one after the other.
+    pub input_order: Option<InputOrder>,
 }
 
 impl Weight {
@@ -41,25 +43,25 @@ impl Weight {
                 expected: "F32, F16 or BF16",
             });
         }
-        Ok(Self { data: WeightData::Dense(values), bias: None })
+        Ok(Self { data: WeightData::Dense(values), bias: None, input_order: None })
     }
 
     /// A quantized weight; its buffers are validated.
     pub fn quantized(matrix: QuantizedMatrix) -> Result<Self> {
         matrix.validate()?;
-        Ok(Self { data: WeightData::Quantized(matrix), bias: None })
+        Ok(Self { data: WeightData::Quantized(matrix), bias: None, input_order: None })
     }
 
     /// An EXL3 weight; its buffers are validated.
     pub fn exl3(matrix: Exl3Matrix) -> Result<Self> {
         matrix.validate()?;
-        Ok(Self { data: WeightData::Exl3(matrix), bias: None })
+        Ok(Self { data: WeightData::Exl3(matrix), bias: None, input_order: None })
     }
 
     /// A weight of grid codes; its buffers are validated.
     pub fn grid(matrix: GridMatrix) -> Result<Self> {
         matrix.validate()?;
-        Ok(Self { data: WeightData::Grid(matrix), bias: None })
+        Ok(Self { data: WeightData::Grid(matrix), bias: None, input_order: None })
     }
 
     /// The same weight with a bias `[out_features]`.
@@ -91,11 +93,11 @@ impl Weight {
         }
     }
 
-    /// Decoded values, `[out_features, in_features]` row-major.
+    /// Decoded values, `[out_features, in_features]` row-major, by channel of x.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         match &self.data {
             WeightData::Dense(t) => t.to_f32(),
-            WeightData::Quantized(q) => Ok(q.decode()?),
+            WeightData::Quantized(q) => Ok(self.by_channel(q.decode()?)),
             WeightData::Exl3(matrix) => Ok(matrix.decode()?),
             WeightData::Grid(matrix) => Ok(matrix.decode()?),
         }
@@ -111,7 +113,7 @@ impl Weight {
         }
     }
 
-    /// Stored size of the matrix and bias.
+    /// Stored size of the matrix, its order and the bias.
     pub fn size_in_bytes(&self) -> usize {
         let weights = (self.in_features() * self.out_features()) as f64;
         let matrix = match &self.data {
@@ -123,7 +125,8 @@ impl Weight {
             WeightData::Exl3(matrix) => (matrix.bits_per_weight() * weights / 8.0).round() as usize,
             WeightData::Grid(matrix) => (matrix.bits_per_weight() * weights / 8.0).round() as usize,
         };
-        matrix + self.bias.as_ref().map_or(0, |b| b.len() * 4)
+        let words = |len: Option<usize>| len.map_or(0, |len| 4 * len);
+        matrix + words(self.bias.as_ref().map(Vec::len)) + words(self.input_order.as_ref().map(|o| o.channels().len()))
     }
 }
 
@@ -134,6 +137,7 @@ pub struct Linear<D: Device> {
     size_in_bytes: usize,
     format_name: &'static str,
     arithmetic: Arithmetic,
+    channel_order: bool,
     data: D::Weight,
 }
 
@@ -146,6 +150,7 @@ impl<D: Device> Linear<D> {
             size_in_bytes: weight.size_in_bytes(),
             format_name: weight.format_name(),
             arithmetic: device.arithmetic(&weight.data),
+            channel_order: weight.input_order.is_none(),
             data: device.prepare_weight(weight)?,
         })
     }
@@ -173,6 +178,15 @@ impl<D: Device> Linear<D> {
     /// The device's own form.
     pub fn data(&self) -> &D::Weight {
         &self.data
+    }
+
+    /// Refuses a matrix whose rows are not in the order of channels: for operations that read x or the values of the matrix
+    /// in another way than products do.
+    pub(crate) fn check_channel_order(&self, operation: &'static str, operand: &'static str) -> Result<()> {
+        match self.channel_order {
+            true => Ok(()),
+            false => Err(OpError::value(operation, operand, "has its rows in an order of their own")),
+        }
     }
 
     /// A product with `rows` rows of activations, which are not counted.
@@ -211,6 +225,8 @@ pub struct ExpertStack<D: Device> {
     /// What one row costs with gate, up and down of each expert.
     costs: Vec<[Cost; 3]>,
     format_name: &'static str,
+    /// Inputs and hidden vectors are in the order of channels.
+    channel_order: bool,
     data: D::Experts,
 }
 
@@ -245,8 +261,11 @@ impl<D: Device> ExpertStack<D> {
             }
             costs.push(cost);
         }
+        let ordered = |expert: &ExpertWeights| expert.gate.input_order.is_some() || expert.down.input_order.is_some();
+        let channel_order = !experts.iter().any(ordered);
+        let experts = experts.into_iter().map(ExpertWeights::in_stack_order).collect::<Result<_>>()?;
         let data = device.prepare_experts(experts)?;
-        Ok(Self { hidden, intermediate, costs, format_name, data })
+        Ok(Self { hidden, intermediate, costs, format_name, channel_order, data })
     }
 
     /// Model width.
@@ -272,6 +291,15 @@ impl<D: Device> ExpertStack<D> {
     /// Name of the experts' dtype or format, `mixed` if they differ.
     pub fn format_name(&self) -> &'static str {
         self.format_name
+    }
+
+    /// Refuses experts some of whose rows are in an order of their own: for operations on single projections, whose hidden
+    /// vectors would be in an order that nothing else knows.
+    pub(crate) fn check_channel_order(&self, operation: &'static str) -> Result<()> {
+        match self.channel_order {
+            true => Ok(()),
+            false => Err(OpError::value(operation, "experts", "have rows in an order of their own")),
+        }
     }
 
     /// The products of a row with each expert in `ids`, whose weights are read once however often they are chosen.

@@ -198,6 +198,9 @@ impl Conversion<'_> {
             WeightData::Quantized(matrix) => {
                 self.schemes.insert(name.to_owned(), matrix.scheme);
                 self.writer.matrix(name, matrix)?;
+                if let Some(order) = &weight.input_order {
+                    self.writer.input_order(name, order)?;
+                }
             }
             WeightData::Exl3(_) => bail!("{name}: is EXL3, which a folder of other formats cannot hold"),
             WeightData::Grid(_) => bail!("{name}: has grid codes, which a native folder cannot hold"),
@@ -228,7 +231,7 @@ impl Conversion<'_> {
             (Target::Dense(dtype), _, WeightData::Dense(values)) if values.dtype() == dtype => return Ok(weight),
             (Target::Dense(dtype), ..) => dense(name, &weight, dtype)?,
         };
-        Ok(Weight { data, bias: weight.bias })
+        Ok(Weight { data, bias: weight.bias, input_order: None })
     }
 
     /// Copies every tensor that the model reads, and what lies beside EXL3 weights.

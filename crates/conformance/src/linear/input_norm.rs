@@ -2,7 +2,7 @@
 
 use marlin_ops::activation::{ACTIVATION_BLOCK, takes_int8_activations};
 use marlin_ops::linear::InputNorm;
-use marlin_ops::{Backend, Result, Tensor, Weight, WeightData};
+use marlin_ops::{Backend, InputOrder, Result, Tensor, Weight, WeightData};
 
 use crate::case::Mode;
 use crate::random::Random;
@@ -43,11 +43,27 @@ impl Norm {
 }
 
 /// Normal rows times a factor. Those of an input norm are drawn again while a normalised value, right to 16 f32
-/// roundings as the largest of its block is, lies so close to a tie that its int8 code may be the neighbour's.
-pub(crate) fn rows(m: usize, k: usize, scale: f32, norm: Option<Norm>, random: &mut Random) -> Vec<f32> {
+/// roundings as the largest of its block is, lies so close to a tie that its int8 code may be the neighbour's, in the order
+/// of any of these weights' rows too.
+pub(crate) fn rows(
+    m: usize,
+    k: usize,
+    scale: f32,
+    norm: Option<Norm>,
+    orders: &[InputOrder],
+    random: &mut Random,
+) -> Vec<f32> {
     let mut row = || -> Vec<f32> { random.normals(k).iter().map(|v| v * scale).collect() };
     let mut clear_row = |norm: Norm| {
-        let clear = |row: &Vec<f32>| !has_ties(&norm.apply(row, k), 32.0 * U32);
+        let clear = |row: &Vec<f32>| {
+            let normed = norm.apply(row, k);
+            let mut ordered = normed.clone();
+            let has_ties_in = |order: &InputOrder| {
+                order.gather(&normed, &mut ordered);
+                has_ties(&ordered, 32.0 * U32)
+            };
+            !has_ties(&normed, 32.0 * U32) && !orders.iter().any(has_ties_in)
+        };
         (0..1000).map(|_| row()).find(clear).expect("some row of a thousand has no tie")
     };
     match norm {

@@ -8,6 +8,7 @@ pub(crate) mod decode;
 pub(crate) mod epilogue;
 mod exact;
 pub(crate) mod exl3;
+mod input_order;
 mod int8;
 
 use std::ops::Range;
@@ -202,6 +203,29 @@ impl Cpu {
         Ok(Some(normed))
     }
 
+    /// Products of the same rows of `columns`.
+    fn project_rows(&self, x: &[f32], columns: usize, projections: &mut [Projection<'_, Self>]) -> Result<()> {
+        let rows = x.len() / columns.max(1);
+        let mut x = self.activations(x, columns, &[], true);
+        for projection in &*projections {
+            self.prepare_activations(&mut x, &[projection.weight.data()], true);
+            self.rotate_activations(&mut x, &[projection.weight.data()]);
+        }
+        if rows == 1 {
+            return self.project_row(&x, projections);
+        }
+        for Projection { weight, out } in projections {
+            let weight = weight.data();
+            let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
+            let rows = out.rows();
+            let out = f32s_mut("projections", "out", out)?;
+            self.fill(Shape::of(&weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
+                self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
+            });
+        }
+        Ok(())
+    }
+
     /// Several products of one row, shared out as one.
     fn project_row(&self, x: &Activations<'_>, projections: &mut [Projection<'_, Self>]) -> Result<()> {
         let weights = |i: usize| projections[i].weight.data();
@@ -358,13 +382,13 @@ impl Cpu {
         }
     }
 
-    /// A step of `act(x Wg) * (x Wu)`, see [`Gated::step`]; `acc` has two lines per row and tile of a whole step, the
-    /// results in the first half.
+    /// A step of `act(x Wg) * (x Wu)`, see [`Gated::step`], of the rows as gate and as up read them; `acc` has two lines per
+    /// row and tile of a whole step, the results in the first half.
     pub(crate) fn gated_tiles(
         &self,
         gated: &Gated<'_>,
         tiles: Range<usize>,
-        x: &Activations<'_>,
+        [x, x_up]: [&Activations<'_>; 2],
         rows: Range<usize>,
         panels: &mut Panels<'_>,
         acc: &mut [Line<f32>],
@@ -376,7 +400,7 @@ impl Cpu {
         } else {
             let (gate, up) = acc.split_at_mut(acc.len() / 2);
             self.multiply_any(gated.gate, tiles.clone(), x, rows.clone(), panels, gate);
-            self.multiply_any(gated.up, tiles.clone(), x, rows, panels, up);
+            self.multiply_any(gated.up, tiles.clone(), x_up, rows, panels, up);
         }
         let (gate, up) = acc.split_at_mut(acc.len() / 2);
         for (tile, (gate, up)) in tiles.zip(gate.chunks_exact_mut(count).zip(up.chunks_exact(count))) {
@@ -636,7 +660,8 @@ impl LinearOps for Cpu {
         let layer = Layer { weight, activation: args.activation, scale: args.out_scale };
         let residual = Addend::of(OP, &args.residual)?;
         let x = f32s(OP, "x", args.x)?;
-        let mut x = self.activations(x, weight.in_features, &[weight], true);
+        let ordered = self.ordered_rows(x, weight.input_order.as_ref());
+        let mut x = self.activations(ordered.as_deref().unwrap_or(x), weight.in_features, &[weight], true);
         self.rotate_activations(&mut x, &[weight]);
         let out = f32s_mut(OP, "out", args.out)?;
         self.fill(Shape::of(&weight, args.x.rows()), residual, out, |tiles, rows, panels, acc| {
@@ -647,24 +672,14 @@ impl LinearOps for Cpu {
 
     fn run_projections(&self, args: ProjectionsArgs<'_, '_, Self>) -> Result<()> {
         const OP: &str = "projections";
-        let (rows, columns) = (args.x.rows(), args.x.columns());
         let x = f32s(OP, "x", args.x)?;
-        let normed = self.normalized(OP, x, columns, args.norm.as_ref())?;
-        let mut x = self.activations(normed.as_deref().unwrap_or(x), columns, &[], true);
-        for projection in &*args.projections {
-            self.prepare_activations(&mut x, &[projection.weight.data()], true);
-            self.rotate_activations(&mut x, &[projection.weight.data()]);
-        }
-        if rows == 1 {
-            return self.project_row(&x, args.projections);
-        }
-        for Projection { weight, out } in args.projections {
-            let weight = weight.data();
-            let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
-            let out = f32s_mut(OP, "out", out)?;
-            self.fill(Shape::of(&weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
-                self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
-            });
+        let normed = self.normalized(OP, x, args.x.columns(), args.norm.as_ref())?;
+        let x = normed.as_deref().unwrap_or(x);
+        for projections in
+            args.projections.chunk_by_mut(|a, b| a.weight.data().input_order == b.weight.data().input_order)
+        {
+            let ordered = self.ordered_rows(x, projections[0].weight.data().input_order.as_ref());
+            self.project_rows(ordered.as_deref().unwrap_or(x), args.x.columns(), projections)?;
         }
         Ok(())
     }
@@ -679,11 +694,24 @@ impl LinearOps for Cpu {
         let weights = [gated.gate, gated.up];
         let rows = args.x.rows();
         let shape = Shape { weights: &weights, rows, columns, in_features, step, lines: PAIR * step };
-        let mut x = self.activations(normed.as_deref().unwrap_or(x), in_features, &weights, true);
-        self.rotate_activations(&mut x, &weights);
+        let x = normed.as_deref().unwrap_or(x);
+        // Rows for both weights or, where they read channels in different orders, for each.
+        let both = gated.gate.input_order == gated.up.input_order;
+        let gate_rows = self.ordered_rows(x, gated.gate.input_order.as_ref());
+        let up_rows = if both { None } else { self.ordered_rows(x, gated.up.input_order.as_ref()) };
+        let weights_of_x = if both { &weights[..] } else { &weights[..1] };
+        let mut x_gate = self.activations(gate_rows.as_deref().unwrap_or(x), in_features, weights_of_x, true);
+        self.rotate_activations(&mut x_gate, weights_of_x);
+        let mut x_up = None;
+        if !both {
+            let rows = up_rows.as_deref().unwrap_or(x);
+            let x_up = x_up.insert(self.activations(rows, in_features, &weights[1..], true));
+            self.rotate_activations(x_up, &weights[1..]);
+        }
+        let x = [&x_gate, x_up.as_ref().unwrap_or(&x_gate)];
         let out = f32s_mut(OP, "out", args.out)?;
         self.fill(shape, Addend::None, out, |tiles, rows, panels, acc| {
-            self.gated_tiles(&gated, tiles, &x, rows, panels, acc);
+            self.gated_tiles(&gated, tiles, x, rows, panels, acc);
         });
         Ok(())
     }

@@ -225,6 +225,7 @@ pub(super) fn unfolded<R: Runtime>(gpu: &Gpu<R>, args: &MlaAttentionArgs<'_, Gpu
         table: weight.table.clone(),
         table_len: weight.table_len,
         bias: None,
+        input_order: None,
     }))
 }
 

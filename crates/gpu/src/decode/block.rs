@@ -101,8 +101,9 @@ pub(crate) fn field_level(
             let pair = Vector::<f16, Const<2>>::reinterpret(magnitude | sign);
             let pair = pair * Vector::<f16, Const<2>>::new(f16::new(256.0));
             let value = f32::cast_from(pair.extract(comptime!(at as usize / 16)));
-            // The code after the largest value is NaN.
-            select(f32::abs(value) > 448.0f32, f32::NAN, value)
+            // The code after the largest value is NaN: as bits, since CubeCL's analysis of SPIR-V never ends with a constant that
+            // is not equal to itself.
+            f32::reinterpret(select(f32::abs(value) > 448.0f32, 0x7fc0_0000u32, u32::reinterpret(value)))
         }
         Levels::E5m2 => {
             // The upper byte of an f16.

@@ -8,6 +8,7 @@ mod embedding;
 mod epilogue;
 pub(crate) mod exl3;
 mod gemv;
+pub(crate) mod input_order;
 mod matrix;
 mod operands;
 mod row_factors;
@@ -95,7 +96,26 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// Launches a product; `prepared` may be shared with others of the same x and norm.
-    fn multiply(&self, kernel: Option<LinearKernel>, product: &Product<'_, R>, prepared: &mut Prepared) -> Result<()> {
+    fn multiply(
+        &self,
+        kernel: Option<LinearKernel>,
+        product: &Product<'_, R>,
+        prepared: &mut Prepared<R>,
+    ) -> Result<()> {
+        if let Some(order) = &product.weight.input_order {
+            let (product, prepared) = prepared.in_order(self, product, order)?;
+            return self.multiply_in_order(kernel, &product, prepared);
+        }
+        self.multiply_in_order(kernel, product, prepared)
+    }
+
+    /// Launches a product of x as the rows of the weight read it.
+    fn multiply_in_order(
+        &self,
+        kernel: Option<LinearKernel>,
+        product: &Product<'_, R>,
+        prepared: &mut Prepared<R>,
+    ) -> Result<()> {
         if let Some(trellis) = product.weight.trellis() {
             return exl3::multiply(self, kernel, product, trellis, prepared);
         }
@@ -103,7 +123,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// Launches a product by this kernel; the weight is not rotated.
-    fn launch_kernel(&self, kernel: LinearKernel, product: &Product<'_, R>, prepared: &mut Prepared) -> Result<()> {
+    fn launch_kernel(&self, kernel: LinearKernel, product: &Product<'_, R>, prepared: &mut Prepared<R>) -> Result<()> {
         match kernel {
             LinearKernel::Gemv(shape) => gemv::launch(self, shape, product),
             LinearKernel::Matrix(tile) => matrix::launch(self, tile, product, prepared.row_factors(self, product)?),
@@ -139,7 +159,8 @@ impl<R: Runtime> Gpu<R> {
         let mut prepared = Prepared::default();
         let first = product(gate, args.activation, Combine::Nothing, args.out);
         let apart = kernel.is_none() && tensor::takes_many_rows(self, &first, DType::F32);
-        if gate.decoder == up.decoder && !gate.decoder.is_trellis() && !apart {
+        let alike = gate.decoder == up.decoder && gate.input_order == up.input_order;
+        if alike && !gate.decoder.is_trellis() && !apart {
             let both = Product { up: Some(up), ..first };
             return self.multiply(kernel, &both, &mut prepared);
         }

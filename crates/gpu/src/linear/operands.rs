@@ -6,6 +6,7 @@ use marlin_ops::linear::{Activation, InputNorm};
 use marlin_ops::{Result, Tensor};
 
 use super::epilogue::{Epilogue, flags};
+use super::input_order::Ordered;
 use super::row_factors;
 use super::tensor::split;
 use crate::decode::{Decoder, Scale};
@@ -37,20 +38,39 @@ pub(super) struct Product<'a, R: Runtime> {
     pub(super) out: &'a Tensor<Gpu<R>>,
 }
 
-/// What products that share x and the norm need of them, found once.
-#[derive(Default)]
-pub(crate) struct Prepared {
-    row_factors: Option<Buffer>,
-    parts: Option<Buffer>,
+impl<R: Runtime> Clone for Product<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
 }
 
-impl Prepared {
+impl<R: Runtime> Copy for Product<'_, R> {}
+
+impl<R: Runtime> Clone for Combine<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R: Runtime> Copy for Combine<'_, R> {}
+
+/// What products that share x and the norm need of them, found once.
+pub(crate) struct Prepared<R: Runtime> {
+    row_factors: Option<Buffer>,
+    parts: Option<Buffer>,
+    /// The same of x in the order that the latest weight with one of its own has.
+    pub(super) ordered: Option<Box<Ordered<R>>>,
+}
+
+impl<R: Runtime> Default for Prepared<R> {
+    fn default() -> Self {
+        Self { row_factors: None, parts: None, ordered: None }
+    }
+}
+
+impl<R: Runtime> Prepared<R> {
     /// The row factors of the products' norm, none without one.
-    pub(super) fn row_factors<R: Runtime>(
-        &mut self,
-        gpu: &Gpu<R>,
-        product: &Product<'_, R>,
-    ) -> Result<Option<&Buffer>> {
+    pub(super) fn row_factors(&mut self, gpu: &Gpu<R>, product: &Product<'_, R>) -> Result<Option<&Buffer>> {
         if let (None, Some(norm)) = (&self.row_factors, &product.norm) {
             self.row_factors = Some(row_factors::launch(gpu, product.operation, product.x, norm)?);
         }
@@ -58,7 +78,7 @@ impl Prepared {
     }
 
     /// The f32 rows as sums of two bf16, after the norm: see [`split`].
-    pub(super) fn parts<R: Runtime>(&mut self, gpu: &Gpu<R>, product: &Product<'_, R>) -> Result<Buffer> {
+    pub(super) fn parts(&mut self, gpu: &Gpu<R>, product: &Product<'_, R>) -> Result<Buffer> {
         match &self.parts {
             Some(parts) => Ok(parts.clone()),
             None => Ok(self.parts.insert(split::launch(gpu, product)?).clone()),

@@ -14,6 +14,9 @@ pub struct GpuExperts {
     pub(crate) count: usize,
     pub(super) banks: Vec<Bank>,
     pub(super) groups: Vec<Group>,
+    /// `[experts, hidden]` U32: the channel that row k of an expert's gate and up multiplies, where any expert has an order
+    /// of its own.
+    pub(super) input_orders: Option<Buffer>,
 }
 
 /// Weights of one projection with the same decoder.
@@ -122,6 +125,7 @@ impl Filling {
             table_len: table.len().max(1),
             table: gpu.create_f32(OP, &table)?,
             bias: bias.map(|(bias, _)| bias),
+            input_order: None,
         };
         Ok(Bank { weight, late_bias })
     }
@@ -174,6 +178,19 @@ impl GpuExperts {
             count: experts.len(),
             groups: groups.collect::<Result<_>>()?,
             banks: banks.into_iter().map(|bank| bank.finish(gpu)).collect::<Result<_>>()?,
+            input_orders: input_orders(experts).map(|orders| gpu.create_u32(OP, &orders)).transpose()?,
         })
     }
+}
+
+/// The channels that gate and up read, expert by expert; none where all read them one after the other.
+fn input_orders(experts: &[ExpertWeights]) -> Option<Vec<u32>> {
+    if experts.iter().all(|expert| expert.gate.input_order.is_none()) {
+        return None;
+    }
+    let channels = |expert: &ExpertWeights| match &expert.gate.input_order {
+        Some(order) => order.channels().to_vec(),
+        None => (0..expert.gate.in_features() as u32).collect(),
+    };
+    Some(experts.iter().flat_map(channels).collect())
 }

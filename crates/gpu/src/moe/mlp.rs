@@ -13,6 +13,7 @@ use super::gemm::SortedRows;
 use super::group::Sorted;
 use crate::Gpu;
 use crate::launch::MOST_CUBES;
+use crate::linear::input_order::{ExpertOrders, gather};
 use crate::linear::tensor::MOST_TILE_ROWS;
 
 pub(super) const OP: &str = "moe_expert_mlp";
@@ -160,13 +161,25 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
+    /// A row of x for each assignment, its channels as its expert reads them; none where all experts read them one after
+    /// the other.
+    fn ordered_rows(&self, args: &ExpertMlpArgs<'_, Self>) -> Result<Option<Tensor<Self>>> {
+        let experts = args.experts.data();
+        let Some(orders) = &experts.input_orders else { return Ok(None) };
+        let rows = self.scratch(OP, args.x.dtype(), &[args.ids.elements(), args.experts.hidden()])?;
+        gather(self, args.x, orders, Some(&ExpertOrders { ids: args.ids, experts: experts.count }), &rows);
+        Ok(Some(rows))
+    }
+
     fn expert_mlp_parallel(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
-        let (assignments, slots) = (args.ids.elements(), args.ids.columns());
+        let assignments = args.ids.elements();
         let (hidden, intermediate) = (args.experts.hidden(), args.experts.intermediate());
+        let ordered = self.ordered_rows(args)?;
+        let (x, slots) = ordered.as_ref().map_or((args.x, args.ids.columns()), |rows| (rows, 1));
         let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
         for (g, group) in args.experts.data().groups.iter().enumerate() {
             let order = Order::Assignments { ids: args.ids, slots, check: g == 0 };
-            Call::gated(args, group).run(self, &order, &gated, kernel)?;
+            Call { x, ..Call::gated(args, group) }.run(self, &order, &gated, kernel)?;
         }
         let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
         for group in &args.experts.data().groups {
@@ -178,8 +191,10 @@ impl<R: Runtime> Gpu<R> {
     }
 
     fn expert_mlp_grouped(&self, args: &ExpertMlpArgs<'_, Self>, kernel: &ExpertKernel) -> Result<()> {
-        let (assignments, slots, experts) = (args.ids.elements(), args.ids.columns(), args.experts.count());
+        let (assignments, experts) = (args.ids.elements(), args.experts.count());
         let (hidden, intermediate) = (args.experts.hidden(), args.experts.intermediate());
+        let ordered = self.ordered_rows(args)?;
+        let (x, slots) = ordered.as_ref().map_or((args.x, args.ids.columns()), |rows| (rows, 1));
         let offsets = self.scratch(OP, DType::U32, &[experts + 1])?;
         let permutation = self.scratch(OP, DType::U32, &[assignments])?;
         let inverse = self.scratch(OP, DType::U32, &[assignments])?;
@@ -190,7 +205,7 @@ impl<R: Runtime> Gpu<R> {
         let gated = self.scratch(OP, DType::F32, &[assignments, intermediate])?;
         for group in &args.experts.data().groups {
             let order = Order::Sorted { rows: &sorted, slots: Some(slots) };
-            Call::gated(args, group).run(self, &order, &gated, kernel)?;
+            Call { x, ..Call::gated(args, group) }.run(self, &order, &gated, kernel)?;
         }
         let rows = self.scratch(OP, DType::F32, &[assignments, hidden])?;
         for group in &args.experts.data().groups {
@@ -205,6 +220,10 @@ impl<R: Runtime> Gpu<R> {
         let experts = args.experts.data();
         if experts.banks.iter().any(|bank| bank.weight.decoder.is_trellis()) {
             let what = "exl3 experts in one launch, which rotations part,".into();
+            return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
+        }
+        if experts.input_orders.is_some() {
+            let what = "experts with rows in an order of their own in one launch".into();
             return Err(OpError::Unsupported { operation: OP, backend: self.name(), what });
         }
         for (g, group) in experts.groups.iter().enumerate() {

@@ -2,7 +2,7 @@
 
 use marlin_formats::exl3::HADAMARD;
 use marlin_formats::{DType, QuantizedMatrix, ScaleKind, Scheme, Shift};
-use marlin_ops::{ExpertWeights, HostTensor, Weight, WeightData};
+use marlin_ops::{ExpertWeights, HostTensor, InputOrder, Weight, WeightData};
 
 use super::{Checkpoint, Entry};
 use crate::QuantizationConfig;
@@ -11,9 +11,12 @@ use crate::error::{ModelError, Result};
 /// Float dtypes of plain weights.
 const FLOAT: &str = "F32, F16 or BF16";
 
+/// `{module}.mm.o`: the channels of a native matrix's rows, `[K]` U32, where they do not follow one another.
+pub(crate) const INPUT_ORDER: &str = "o";
+
 /// The tensors `{module}.mm.*` of a native matrix: codes, scales, zero points or offsets, multipliers of two-level scales
-/// and minima, tensor scale.
-pub(crate) const NATIVE_TENSORS: [&str; 6] = ["q", "s", "z", "ss", "sz", "gs"];
+/// and minima, tensor scale, order of the rows.
+pub(crate) const NATIVE_TENSORS: [&str; 7] = ["q", "s", "z", "ss", "sz", "gs", INPUT_ORDER];
 
 /// The dtype in which the native container stores the scales, zero points and offsets of groups.
 pub(crate) fn group_dtype(kind: ScaleKind) -> DType {
@@ -237,8 +240,19 @@ impl Checkpoint {
                 None => None,
             },
         };
+        let weight = Weight::quantized(matrix).map_err(ModelError::tensor(entry.file.path(), module))?;
+        let order_name = format!("{module}.mm.{INPUT_ORDER}");
+        let weight = match self.tensors.contains_key(&order_name) {
+            false => weight,
+            true => {
+                let path = self.entry(&order_name)?.file.path();
+                let channels = self.native(module, INPUT_ORDER, &[DType::U32], &[in_features], part)?;
+                let order = channels.to_u32().and_then(InputOrder::new);
+                order.and_then(|order| weight.with_input_order(order)).map_err(ModelError::tensor(path, &order_name))?
+            }
+        };
         self.release_native(module, part)?;
-        Weight::quantized(matrix).map_err(ModelError::tensor(entry.file.path(), module))
+        Ok(weight)
     }
 
     /// Tensor `{module}.mm.{suffix}` of the given shape, without the leading expert axis of `part`.

@@ -229,7 +229,7 @@ fn pack_quantized(stored: &Stored<'_>, group: &Group, n: usize, k: usize) -> Res
     let grid = IntGrid { bits, out_features: n, in_features: k, group_size, codes, scales, zeros, dtype };
     match super::gptq::group_index(stored, ".weight_g_idx", k, groups, group_size)? {
         None => grid.into_weight(stored, ".weight_packed"),
-        Some(index) => grid.dense(stored, ".weight_packed", |k| index[k]),
+        Some(index) => grid.into_ordered_weight(stored, ".weight_packed", &index),
     }
 }
 

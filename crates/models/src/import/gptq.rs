@@ -4,8 +4,8 @@
 //! I32 `[K]` (the group of every input channel). `checkpoint_format` `gptq` stores `z - 1`, `gptq_v2` and `gptq_p` store
 //! `z`; `marlin` is the layout of the CUDA kernel of that name with tensors `B` and `s`.
 //!
-//! Where `g_idx` is `k / group_size`, the codes move into the native format unchanged. Modules in activation order
-//! become dense values in the scales' dtype, which are the weights that the source computes with.
+//! The codes move into the native format unchanged; where `g_idx` is not `k / group_size`, sorted by group, with the channels
+//! of their rows beside them.
 
 use marlin_formats::DType;
 use marlin_ops::Weight;
@@ -95,7 +95,7 @@ impl Config {
         let grid = IntGrid { bits, out_features: n, in_features: k, group_size, codes, scales, zeros, dtype };
         match group_index(stored, ".g_idx", k, groups, group_size)? {
             None => grid.into_weight(stored, ".qweight").map(Some),
-            Some(index) => grid.dense(stored, ".qweight", |k| index[k]).map(Some),
+            Some(index) => grid.into_ordered_weight(stored, ".qweight", &index).map(Some),
         }
     }
 

@@ -3,7 +3,7 @@
 use half::f16;
 use marlin_formats::pack::Layout;
 use marlin_formats::{DType, Format, QuantizedMatrix, Scheme, fp8, store_f32};
-use marlin_ops::{HostTensor, OpError, Weight};
+use marlin_ops::{HostTensor, InputOrder, OpError, Weight};
 
 use super::codes::{pack_native, transpose_bytes, unpack_native};
 use super::stored::Stored;
@@ -63,8 +63,24 @@ impl IntGrid {
         }
     }
 
+    /// [`IntGrid::into_weight`] where channel `k` is in group `groups[k]`: the channels of a group become neighbours. Groups that
+    /// are not as long as `group_size` says, but for the last, make the weight dense.
+    pub(super) fn into_ordered_weight(self, stored: &Stored<'_>, suffix: &str, groups: &[usize]) -> Result<Weight> {
+        let mut channels: Vec<usize> = (0..groups.len()).collect();
+        channels.sort_by_key(|&k| groups[k]);
+        if channels.iter().enumerate().any(|(row, &k)| groups[k] != row / self.group_size) {
+            return self.dense(stored, suffix, |k| groups[k]);
+        }
+        let (bits, n, k) = (self.bits, self.out_features, self.in_features);
+        let codes = self.codes.unpack(bits, n, k);
+        let sorted = codes.chunks_exact(k).flat_map(|row| channels.iter().map(|&k| row[k])).collect();
+        let weight = Self { codes: Codes::Unpacked(sorted), ..self }.into_weight(stored, suffix)?;
+        let order = InputOrder::new(channels.into_iter().map(|k| k as u32).collect());
+        order.and_then(|order| weight.with_input_order(order)).map_err(stored.refused(suffix))
+    }
+
     /// The values in the source's dtype, rounded once, where channel `k` is in group `group(k)`.
-    pub(super) fn dense(self, stored: &Stored<'_>, suffix: &str, group: impl Fn(usize) -> usize) -> Result<Weight> {
+    fn dense(self, stored: &Stored<'_>, suffix: &str, group: impl Fn(usize) -> usize) -> Result<Weight> {
         let (n, k) = (self.out_features, self.in_features);
         let codes = self.codes.unpack(self.bits, n, k);
         let values = decode(&codes, [n, k], group, |q, at| (f32::from(q) - self.zeros[at]) * self.scales[at]);

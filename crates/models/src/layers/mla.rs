@@ -76,7 +76,7 @@ impl<B: Backend> Mla<B> {
             query,
             kv_a_proj: loader.linear("self_attn.kv_a_proj_with_mqa")?,
             kv_a_norm: loader.vector("self_attn.kv_a_layernorm.weight")?,
-            kv_b_proj: loader.linear("self_attn.kv_b_proj")?,
+            kv_b_proj: loader.linear_in_channel_order("self_attn.kv_b_proj")?,
             o_proj: loader.linear("self_attn.o_proj")?,
         })
     }

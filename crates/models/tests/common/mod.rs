@@ -60,8 +60,16 @@ fn integers(tensor: &TensorView<'_>) -> Vec<u32> {
 /// All golden folders, sorted; fails when there is none. `MARLIN_GOLDEN` names another root, such as one that
 /// `tools/golden/make.sh --seed 7 --out DIR` wrote.
 pub fn golden_folders() -> Vec<PathBuf> {
-    let root = std::env::var_os("MARLIN_GOLDEN").map_or_else(|| golden_folder(""), PathBuf::from);
-    let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
+    folders_in(&std::env::var_os("MARLIN_GOLDEN").map_or_else(|| golden_folder(""), PathBuf::from))
+}
+
+/// The model folders of other projects' formats, sorted.
+pub fn imported_folders() -> Vec<PathBuf> {
+    folders_in(&golden_folder("../imports/models"))
+}
+
+fn folders_in(root: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
     let mut folders: Vec<PathBuf> =
         entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("config.json").exists()).collect();
     folders.sort();

@@ -1,12 +1,12 @@
 //! Logits of golden models on any backend against transformers: whole prompt, token by token, in pieces.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use marlin_models::{KvCache, Logits, Model};
 use marlin_ops::Backend;
 
-use super::{Golden, exl3, golden_folders, load, max_difference};
+use super::{Golden, exl3, golden_folders, imported_folders, load, max_difference};
 
 /// Of the largest |logit|, with f32 weights, activations and cache.
 const TOLERANCE: f32 = 1e-4;
@@ -77,8 +77,17 @@ pub fn check_all_golden_models<B: Backend>(backend: B) {
 
 /// The same on a backend that is used for other things too.
 pub fn check_all_on<B: Backend>(backend: &Arc<B>) {
+    check_folders(backend, golden_folders());
+}
+
+/// Every model in another project's format on `backend`, fed in every way: the logits of the weights that its tool decodes.
+pub fn check_imported_on<B: Backend>(backend: &Arc<B>) {
+    check_folders(backend, imported_folders());
+}
+
+fn check_folders<B: Backend>(backend: &Arc<B>, folders: Vec<PathBuf>) {
     let mut failures = Vec::new();
-    for dir in golden_folders() {
+    for dir in folders {
         let golden = Golden::read(&dir.join("golden.safetensors"));
         failures.extend(check(backend, &dir, &golden));
     }

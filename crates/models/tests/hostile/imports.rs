@@ -1,6 +1,7 @@
 //! Damaged checkpoints of other projects.
 
 use marlin_models::{Checkpoint, ModelConfig, QuantizationConfig};
+use marlin_ops::Weight;
 
 use super::*;
 
@@ -29,8 +30,8 @@ fn words(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// The error of reading module `m`, `[n, k]`.
-fn error(config: &Value, tensors: &[Stored], n: usize, k: usize) -> Option<String> {
+/// Module `m`, `[n, k]`, or the message of what is wrong with it.
+fn read(config: &Value, tensors: &[Stored], n: usize, k: usize) -> Result<Weight, String> {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for Stored { name, dtype, shape, data: bytes } in tensors {
         let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [data.len(), data.len() + bytes.len()]});
@@ -41,21 +42,25 @@ fn error(config: &Value, tensors: &[Stored], n: usize, k: usize) -> Option<Strin
     write(dir.path(), "model.safetensors", &safetensors(&Value::Object(header).to_string(), &data));
     let config = QuantizationConfig::from_config(Path::new("config.json"), config).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let message = checkpoint.weight(&config, "m", n, k, false).err()?.to_string();
-    assert_names(&message, &[dir.path().to_str().unwrap(), "`m"]);
-    Some(message)
+    checkpoint.weight(&config, "m", n, k, false).map_err(|error| {
+        let message = error.to_string();
+        assert_names(&message, &[dir.path().to_str().unwrap(), "`m"]);
+        message
+    })
 }
 
 /// Each change of valid tensors gives an error with these parts; `None` removes the tensor.
 fn refuses(config: Value, valid: &[Stored], n: usize, k: usize, changes: &[(&str, Option<Stored>, &[&str])]) {
     let config = if config.get("quantization").is_some() { config } else { json!({"quantization_config": config}) };
-    assert_eq!(error(&config, valid, n, k), None);
+    read(&config, valid, n, k).unwrap();
     for (name, change, parts) in changes {
         let name = format!("m.{name}");
         let mut tensors: Vec<Stored> = valid.iter().filter(|t| t.name != name).cloned().collect();
         tensors.extend(change.clone());
-        let message = error(&config, &tensors, n, k);
-        assert_names(&message.unwrap_or_else(|| panic!("{name} {parts:?} was accepted")), parts);
+        match read(&config, &tensors, n, k) {
+            Ok(_) => panic!("{name} {parts:?} was accepted"),
+            Err(message) => assert_names(&message, parts),
+        }
     }
 }
 
@@ -112,6 +117,36 @@ fn gptq() {
             ("s", Some(tensor("s", "F16", &[3, 256], halves(768, 0))), &["`m.s` has 3 groups"]),
         ],
     );
+}
+
+/// Channels of a group need not be neighbours, but groups of other lengths than the config says have no native form.
+#[test]
+fn groups_of_gptq() {
+    let config = json!({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}});
+    let index =
+        |groups: &dyn Fn(i32) -> i32| tensor("g_idx", "I32", &[64], words(&(0..64).map(groups).collect::<Vec<_>>()));
+    let columns = |first: u16, second: u16| [halves(16, first), halves(16, second)].concat();
+    let codes: Vec<i32> = (0..8 * 16).map(|at| (at * 0x1234_5677) ^ 0x0765_4321).collect();
+    let weight = |groups: &dyn Fn(i32) -> i32| {
+        let valid = [
+            tensor("qweight", "I32", &[8, 16], words(&codes)),
+            tensor("qzeros", "I32", &[2, 2], vec![0x77; 16]),
+            tensor("scales", "F16", &[2, 16], columns(0x2C00, 0x3400)),
+            index(groups),
+        ];
+        let weight = read(&config, &valid, 16, 64).unwrap();
+        let scales = [1.0 / 16.0, 0.25];
+        for (at, value) in weight.to_f32().unwrap().into_iter().enumerate() {
+            let (n, k) = (at / 64, at % 64);
+            let code = codes[k / 8 * 16 + n] >> (4 * (k % 8)) & 15;
+            assert_eq!(value, (code - 8) as f32 * scales[groups(k as i32) as usize], "{n} {k}");
+        }
+        (weight.format_name(), weight.input_order.map(|order| order.channels().to_vec()))
+    };
+    assert_eq!(weight(&|k| k / 32), ("int4_s4", None));
+    let alternating: Vec<u32> = (0..64).step_by(2).chain((1..64).step_by(2)).collect();
+    assert_eq!(weight(&|k| k % 2), ("int4_s4", Some(alternating)));
+    assert_eq!(weight(&|k| i32::from(k > 32)), ("F16", None));
 }
 
 #[test]
@@ -227,7 +262,7 @@ fn compressed_tensors() {
     );
     let other = json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
         "config_groups": {"g": {"targets": ["re:.*attn"], "weights": {"num_bits": 4}}}}});
-    assert_names(&error(&other, &valid, 16, 64).unwrap(), &["`m.weight_packed`", "no target of config_groups"]);
+    assert_names(&read(&other, &valid, 16, 64).unwrap_err(), &["`m.weight_packed`", "no target of config_groups"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use marlin_formats::{Format, QuantizedMatrix, Scheme};
+use marlin_formats::{DType, Format, QuantizedMatrix, Scheme};
 use marlin_models::{Checkpoint, GenerationConfig, ModelError, QuantizationConfig, Tokenizer, Writer};
 
 use super::*;
@@ -146,6 +146,36 @@ fn damaged_native_weights() {
 }
 
 #[test]
+fn damaged_orders_of_rows() {
+    let scheme = Scheme::with_default_group(Format::Int4S4);
+    let matrix = QuantizedMatrix::encode(scheme, &[0.5; 4 * 64], 4, 64).unwrap();
+    let natural: Vec<u32> = (0..64).collect();
+    let changed = |at: usize, channel: u32| {
+        let mut order = natural.clone();
+        order[at] = channel;
+        order
+    };
+    let bytes = |order: &[u32]| -> Vec<u8> { order.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let cases: [(DType, Vec<u32>, &[&str]); 4] = [
+        (DType::U32, changed(5, 6), &["`m.mm.o`", "[6] is 6 once more"]),
+        (DType::U32, changed(63, 64), &["`m.mm.o`", "[63] is 64, there are 64 channels"]),
+        (DType::U32, natural[..63].to_vec(), &["`m.mm.o`", "[63]", "[64]"]),
+        (DType::I32, natural.clone(), &["`m.mm.o`", "I32", "U32"]),
+    ];
+    for (dtype, order, parts) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("model");
+        let mut writer = Writer::create(&out).unwrap();
+        writer.matrix("m", &matrix).unwrap();
+        writer.tensor("m.mm.o", dtype, &[order.len()], &bytes(&order)).unwrap();
+        writer.finish(&json!({})).unwrap();
+        let config = QuantizationConfig::new(scheme, Default::default(), &[]).unwrap();
+        let error = Checkpoint::open(&out).unwrap().weight(&config, "m", 4, 64, false).unwrap_err().to_string();
+        assert_names(&error, &[&["model.safetensors"], parts].concat());
+    }
+}
+
+#[test]
 fn stacked_native_experts_are_read_by_slice() {
     // formats.md 0.4: a leading expert axis on each tensor.
     let scheme = Scheme::with_default_group(Format::Int8);
@@ -161,16 +191,22 @@ fn stacked_native_experts_are_read_by_slice() {
         let codes: Vec<u8> = both.iter().flat_map(|m| &m.codes).flat_map(|v| v.to_le_bytes()).collect();
         let scales: Vec<u8> = both.iter().flat_map(|m| &m.scales).flat_map(|v| v.to_le_bytes()).collect();
         let (q, s) = (format!("e.{name}.mm.q"), format!("e.{name}.mm.s"));
-        writer.tensor(&q, marlin_formats::DType::U32, &[2, scheme.code_rows(k), n], &codes).unwrap();
-        writer.tensor(&s, marlin_formats::DType::F16, &[2, scheme.groups(k), n], &scales).unwrap();
+        writer.tensor(&q, DType::U32, &[2, scheme.code_rows(k), n], &codes).unwrap();
+        writer.tensor(&s, DType::F16, &[2, scheme.groups(k), n], &scales).unwrap();
     }
+    let orders: Vec<u8> = [0u32, 1, 2, 2, 0, 1].iter().flat_map(|v| v.to_le_bytes()).collect();
+    writer.tensor("e.down_proj.mm.o", DType::U32, &[2, 3], &orders).unwrap();
     writer.finish(&json!({})).unwrap();
     let config = QuantizationConfig::new(scheme, Default::default(), &[]).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
     let experts = checkpoint.experts(&config, "e", 2, 4, 3).unwrap();
     for (e, expert) in experts.iter().enumerate() {
         assert_eq!(expert.up.to_f32().unwrap(), matrix(e, 3, 4).decode().unwrap());
-        assert_eq!(expert.down.to_f32().unwrap(), matrix(e, 4, 3).decode().unwrap());
+        let stored = matrix(e, 4, 3).decode().unwrap();
+        let order = [[0, 1, 2], [2, 0, 1]][e];
+        for (row, stored) in expert.down.to_f32().unwrap().chunks(3).zip(stored.chunks(3)) {
+            assert_eq!(order.map(|channel: usize| row[channel]), stored);
+        }
     }
     let error = checkpoint.experts(&config, "e", 3, 4, 3).unwrap_err().to_string();
     assert_names(&error, &["`e.gate_proj.mm.q`", "[3, 1, 3]"]);

@@ -35,7 +35,7 @@ pub struct GroupedGemmArgs<'a, D: Device> {
     pub x: &'a Tensor<D>,
     /// Experts of the rows.
     pub order: RowOrder<'a, D>,
-    /// The layer's experts.
+    /// The layer's experts, none with rows in an order of their own.
     pub experts: &'a ExpertStack<D>,
     /// Which of their weights.
     pub projection: ExpertProjection,
@@ -61,6 +61,7 @@ impl<D: Device> GroupedGemmArgs<'_, D> {
 
     /// The shapes and dtypes that [`MoeOps::moe_grouped_gemm`](super::MoeOps::moe_grouped_gemm) takes.
     pub fn check(&self) -> Result<()> {
+        self.experts.check_channel_order(OP)?;
         let [k, n] = self.weight_shape();
         let (tokens, rows) = (self.x.rows(), self.out.rows());
         check::float(OP, "x", self.x)?;

@@ -13,11 +13,15 @@ use crate::{Result, Tensor};
 impl OracleWeight {
     /// `x W + bias` for one row of K activations.
     pub(super) fn apply(&self, x: &[f64]) -> Vec<f64> {
-        let x = if self.int8_activations { round_activations(x) } else { x.to_vec() };
+        let mut ordered = x.to_vec();
+        if let Some(order) = &self.input_order {
+            order.gather(x, &mut ordered);
+        }
+        let x = if self.int8_activations { round_activations(&ordered) } else { ordered };
         (0..self.out_features).map(|n| dot(&x, self.row(n)) + self.bias[n]).collect()
     }
 
-    /// The K weights of output feature `n`.
+    /// The K weights of output feature `n`, as they are stored.
     pub(super) fn row(&self, n: usize) -> &[f64] {
         &self.values[n * self.in_features..][..self.in_features]
     }

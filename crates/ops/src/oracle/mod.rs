@@ -20,7 +20,7 @@ use marlin_formats::DType;
 
 use crate::activation::takes_int8_activations;
 use crate::trellis::PathSearch;
-use crate::{Device, ExpertWeights, HostTensor, OpError, Result, Shape, Tensor, Weight, WeightData};
+use crate::{Device, ExpertWeights, HostTensor, InputOrder, OpError, Result, Shape, Tensor, Weight, WeightData};
 
 pub use moe::{Choice, choose_experts};
 pub use rounding::round_to;
@@ -66,6 +66,8 @@ pub struct OracleWeight {
     bias: Vec<f64>,
     /// Activations are rounded to int8 blocks first.
     int8_activations: bool,
+    /// The channels of x that `values` are for.
+    input_order: Option<InputOrder>,
 }
 
 /// The decoded experts of a layer.
@@ -173,12 +175,15 @@ impl Device for Oracle {
             values: match &weight.data {
                 // The product of rotations is not rounded to f32 on the way.
                 WeightData::Exl3(matrix) => matrix.decode_f64()?,
+                // As they are stored: x is brought into their order.
+                WeightData::Quantized(matrix) => matrix.decode()?.into_iter().map(f64::from).collect(),
                 _ => weight.to_f32()?.into_iter().map(f64::from).collect(),
             },
             in_features,
             out_features,
             bias,
             int8_activations: self.int8_activations && rounds,
+            input_order: weight.input_order,
         })
     }
 

@@ -158,7 +158,7 @@ fn exl3_is_kept_or_decoded() {
     }
 }
 
-/// AutoGPTQ gives every module a bias; those in activation order become dense.
+/// AutoGPTQ gives every module a bias; those in activation order keep it.
 #[test]
 fn biases_that_no_config_declares_are_kept() {
     let root = tempfile::tempdir().unwrap();
@@ -178,7 +178,8 @@ fn biases_that_no_config_declares_are_kept() {
     assert_eq!(weights(&output), weights(&source));
     let (config, checkpoint) = (ModelConfig::from_dir(&output).unwrap(), Checkpoint::open(&output).unwrap());
     let weight = checkpoint.weight(&config.quantization, module, 64, 96, false).unwrap();
-    assert_eq!((weight.format_name(), weight.bias), ("F16", Some(bias)));
+    assert_eq!((weight.format_name(), weight.bias), ("int4_s4", Some(bias)));
+    assert!(weight.input_order.is_some(), "sorted by group");
     let again = root.path().join("again");
     convert(&output, &again, "native").unwrap();
     for file in ["model.safetensors", "config.json"] {

@@ -52,6 +52,7 @@ impl GpuWeight {
             table: self.table.clone(),
             table_len: self.table_len,
             bias: None,
+            input_order: None,
         }
     }
 }
@@ -62,7 +63,7 @@ pub(super) fn multiply<R: Runtime>(
     kernel: Option<LinearKernel>,
     product: &Product<'_, R>,
     trellis: Trellis,
-    prepared: &mut Prepared,
+    prepared: &mut Prepared<R>,
 ) -> Result<()> {
     let operation = product.operation;
     if let Some(kernel @ (LinearKernel::Gemv(_) | LinearKernel::TensorRows(_) | LinearKernel::TensorTile(_))) = kernel {

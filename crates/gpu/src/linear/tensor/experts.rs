@@ -96,7 +96,7 @@ impl<R: Runtime> ExpertProduct<'_, R> {
         gpu: &Gpu<R>,
         shape: TensorTile,
         rows: &ExpertRows<'_, R>,
-        prepared: &mut Prepared,
+        prepared: &mut Prepared<R>,
     ) -> Result<()> {
         let product = Product {
             operation: self.operation,

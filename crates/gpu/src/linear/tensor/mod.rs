@@ -147,7 +147,7 @@ pub(super) fn launch<R: Runtime>(
     gpu: &Gpu<R>,
     shape: Shape,
     product: &Product<'_, R>,
-    prepared: &mut Prepared,
+    prepared: &mut Prepared<R>,
 ) -> Result<()> {
     let operation = product.operation;
     let call = Call::new(gpu, product).map_err(|what| limit(gpu, operation, what.into()))?;
@@ -183,7 +183,7 @@ fn rows_of_parts<R: Runtime>(
     gpu: &Gpu<R>,
     call: &Call,
     product: &Product<'_, R>,
-    prepared: &mut Prepared,
+    prepared: &mut Prepared<R>,
 ) -> Result<Buffer> {
     match call.parts {
         1 => Ok(product.x.buffer().clone()),
