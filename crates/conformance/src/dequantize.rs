@@ -136,6 +136,8 @@ fn bad_arguments<B: Backend>(runner: &mut Runner<'_, B>) {
         let beyond = DequantizeCase { part: Some((3, 3)), ..case };
         runner.refuse(&format!("{order:?} beyond the last feature"), &beyond, Refusal::Value("first"));
     }
+    let ordered = DequantizeCase { storage: Storage::Ordered(Format::Int4S4, 32, 0), ..CASE };
+    runner.refuse("rows in an order of their own", &ordered, Refusal::Value("weight"));
     let words = DequantizeCase { out_words: true, ..CASE };
     runner.refuse("U32 output", &words, Refusal::DType("out"));
 }

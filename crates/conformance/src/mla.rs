@@ -171,7 +171,9 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
         runner.check(&MlaPrefill(&case));
         runner.check(&MlaDecode(&case));
     }
+    let ordered = Storage::Ordered(Format::Int4S4, 32, 0);
     for (what, case, expected) in [
+        ("kv_b in an order of its own", MlaCase { kv_b: ordered, rank: 64, ..base(1, 3) }, Refusal::Value("kv_b")),
         ("kv_len 0", MlaCase { kv_len: vec![3, 0], ..base(1, 1) }, Refusal::Value("kv_len")),
         ("Sq > kv_len", base(4, 3), Refusal::Value("kv_len")),
         ("cache width", MlaCase { surplus_width: 1, ..base(1, 3) }, Refusal::Shape("cache")),

@@ -506,12 +506,14 @@ fn expert_mlp<B: Backend>(runner: &mut Runner<'_, B>) {
     // hidden vector cannot change places.
     let ordered = |format, order| Storage::Ordered(format, 32, order);
     let (first, second) = (ordered(Format::Int4S4, 3), ordered(Format::Affine5, 1));
+    let third = ordered(Format::Nf4, 2);
+    let beside_exl3 = [third, third, rates[0], rates[0]];
     for tokens in [1, 3, 5, 33, 130] {
-        for storages in
-            [&[first][..], &[first, second], &[first, first, first, nf4, nf4], &[nf4, nf4, second, rates[0]]]
-        {
+        for storages in [&[first][..], &[first, second], &[first, first, first, nf4, nf4], &beside_exl3] {
             runner.check(&experts(tokens, storages));
         }
+        // Rows and columns that tensor cores take.
+        runner.check(&ExpertMlpCase { hidden: 256, intermediate: 384, ..experts(tokens, &[first]) });
         let case = ExpertMlpCase { bias: true, residual: Add::Tensor, ..experts(tokens, &[first, first, second, nf4]) };
         runner.check(&ExpertMlpCase { hidden: 200, intermediate: 65, ..case });
     }

@@ -388,6 +388,9 @@ pub(crate) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
             runner.refuse(&format!("{spread:?}, T={tokens}"), &case, Refusal::Value("ids"));
         }
     }
+    let ordered = Storage::Ordered(Format::Int4S4, 32, 0);
+    let case = grouped(9, Order::Sorted, &[ordered]);
+    runner.refuse("experts in an order of their own", &case, Refusal::Value("experts"));
     aux_losses(runner);
 }
 

@@ -215,12 +215,10 @@ impl PackedWeight {
         }
     }
 
-    /// Whether tiles of both can be computed together: quantized in the same way, for the same rows of activations.
+    /// Whether tiles of both can be computed together, for the same rows: quantized in the same way.
     pub(crate) fn pairs_with(&self, other: &Self) -> bool {
         match (&self.values, &other.values) {
-            (Values::Quantized(a), Values::Quantized(b)) => {
-                a.scheme == b.scheme && a.code_rows == b.code_rows && self.input_order == other.input_order
-            }
+            (Values::Quantized(a), Values::Quantized(b)) => a.scheme == b.scheme && a.code_rows == b.code_rows,
             _ => false,
         }
     }

@@ -224,10 +224,9 @@ impl<'a> ExpertMlp<'a> {
     }
 
     /// A row for each assignment that `assignment` lists, its token's with the channels as its expert reads them; none
-    /// where all experts read them one after the other.
+    /// where the chosen experts read them one after the other.
     fn ordered_rows(&self, assignment: impl Fn(usize) -> usize + Sync + Send) -> Option<Scratch<'a, f32>> {
-        let experts = &self.experts.0;
-        if experts.iter().all(|expert| expert.gate.input_order.is_none()) {
+        if (0..self.ids.len()).all(|assignment| self.expert(assignment).gate.input_order.is_none()) {
             return None;
         }
         let mut rows = self.cpu.workspace.floats.take(self.ids.len() * self.hidden);

@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 
-use marlin_ops::{Backend, ExpertStack, ExpertWeights, HostTensor, Linear, Tensor, Weight};
+use marlin_ops::{
+    Backend, ExpertStack, ExpertWeights, HostTensor, InputOrder, Linear, Result as OpResult, Tensor, Weight,
+};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 use crate::modules::{LinearModule, ModuleKind};
 
 const EMBEDDING: &str = "model.embed_tokens";
@@ -23,6 +25,8 @@ pub(crate) struct Loader<'a, B: Backend> {
     vectors: HashMap<String, usize>,
     prefix: String,
     size_in_bytes: usize,
+    /// The latest order of a matrix's rows.
+    input_order: Option<InputOrder>,
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -41,6 +45,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             vectors: config.vector_tensors().into_iter().map(|v| (v.name, v.len)).collect(),
             prefix: String::new(),
             size_in_bytes: 0,
+            input_order: None,
         }
     }
 
@@ -56,15 +61,17 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// The linear layer `name`.
     pub(crate) fn linear(&mut self, name: &str) -> Result<Linear<B>> {
-        let weight = self.weight(name)?;
-        let linear = self.prepare(weight)?;
-        self.release(name)?;
-        Ok(linear)
+        self.linear_as(name, Ok)
     }
 
     /// The linear layer `name` for operations that take no order of rows: see [`Weight::in_channel_order`].
     pub(crate) fn linear_in_channel_order(&mut self, name: &str) -> Result<Linear<B>> {
-        let weight = self.weight(name)?.in_channel_order()?;
+        self.linear_as(name, Weight::in_channel_order)
+    }
+
+    fn linear_as(&mut self, name: &str, form: impl FnOnce(Weight) -> OpResult<Weight>) -> Result<Linear<B>> {
+        let module = format!("{}{name}", self.prefix);
+        let weight = form(self.weight(name)?).map_err(ModelError::tensor(self.checkpoint.path(), &module))?;
         let linear = self.prepare(weight)?;
         self.release(name)?;
         Ok(linear)
@@ -153,7 +160,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.checkpoint.experts(quantization, &prefix, experts, hidden, intermediate)
     }
 
-    fn prepare(&mut self, weight: Weight) -> Result<Linear<B>> {
+    fn prepare(&mut self, mut weight: Weight) -> Result<Linear<B>> {
+        // Projections of one input usually have the same order: found to be equal by its address.
+        match (&mut weight.input_order, &self.input_order) {
+            (Some(order), Some(latest)) if order == latest => *order = latest.clone(),
+            (Some(order), _) => self.input_order = Some(order.clone()),
+            (None, _) => {}
+        }
         let linear = Linear::new(self.backend, weight)?;
         self.size_in_bytes += linear.size_in_bytes();
         Ok(linear)

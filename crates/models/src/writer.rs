@@ -11,7 +11,7 @@ use marlin_formats::{DType, QuantizedMatrix};
 use marlin_ops::{HostTensor, InputOrder};
 use serde_json::{Value, json};
 
-use crate::checkpoint::{INPUT_ORDER, NATIVE_TENSORS, group_dtype};
+use crate::checkpoint::{NATIVE_TENSORS, group_dtype};
 use crate::error::{ModelError, Result};
 use shard::Shard;
 
@@ -154,16 +154,16 @@ impl Writer {
 
     /// Writes the native tensors of module `module` (formats.md 0.4): `.mm.q`, `.mm.s`, and where the format has
     /// them `.mm.z` (zero points or offsets), `.mm.ss` and `.mm.sz` (multipliers of two-level scales and minima), `.mm.gs`.
-    /// Beside them [`Writer::input_order`], where rows have an order of their own.
+    /// With an order `.mm.o`, the channels of the rows, `[K]` U32.
     ///
     /// # Errors
     /// As [`Writer::tensor_with`].
-    pub fn matrix(&mut self, module: &str, matrix: &QuantizedMatrix) -> Result<()> {
+    pub fn matrix(&mut self, module: &str, matrix: &QuantizedMatrix, order: Option<&InputOrder>) -> Result<()> {
         let (scheme, n) = (matrix.scheme, matrix.out_features);
         let code_dims = [scheme.code_rows(matrix.in_features), n];
         let group_dims = [scheme.groups(matrix.in_features), n];
         let name = |suffix: &str| format!("{module}.mm.{suffix}");
-        let [q, s, z, ss, sz, gs, _] = NATIVE_TENSORS;
+        let [q, s, z, ss, sz, gs, o] = NATIVE_TENSORS;
         self.tensor_with(&name(q), DType::U32, &code_dims, |sink| {
             write_values(sink, &matrix.codes, |v| v.to_le_bytes())
         })?;
@@ -182,19 +182,11 @@ impl Writer {
                 })?;
             }
         }
-        match matrix.tensor_scale {
-            Some(scale) => self.tensor(&name(gs), DType::F32, &[1], &scale.to_le_bytes()),
-            None => Ok(()),
+        if let Some(scale) = matrix.tensor_scale {
+            self.tensor(&name(gs), DType::F32, &[1], &scale.to_le_bytes())?;
         }
-    }
-
-    /// Writes the channels of the rows of native module `module`, `{module}.mm.o` `[K]` U32.
-    ///
-    /// # Errors
-    /// As [`Writer::tensor_with`].
-    pub fn input_order(&mut self, module: &str, order: &InputOrder) -> Result<()> {
-        let channels = order.channels();
-        self.tensor_with(&format!("{module}.mm.{INPUT_ORDER}"), DType::U32, &[channels.len()], |sink| {
+        let Some(channels) = order.map(InputOrder::channels) else { return Ok(()) };
+        self.tensor_with(&name(o), DType::U32, &[channels.len()], |sink| {
             write_values(sink, channels, |v| v.to_le_bytes())
         })
     }

@@ -11,14 +11,14 @@ use marlin_cpu::{Cpu, CpuOptions};
 use marlin_formats::{Format, QuantizedMatrix, Scheme};
 use marlin_models::{Checkpoint, KvCache, ModelConfig, ModuleKind, QuantizationConfig, Writer};
 use marlin_ops::oracle::Oracle;
-use marlin_ops::{Backend, HostTensor};
+use marlin_ops::{Backend, HostTensor, InputOrder, Weight};
 
 /// Of the largest |logit|.
 const TOLERANCE: f32 = 1e-4;
 
 /// Writes a golden model with its linear layers (router aside) quantized to `scheme`, and beside it the model of the
-/// decoded weights in f32.
-fn write_quantized(from: &Path, scheme: Scheme, quantized: &Path, decoded: &Path) {
+/// decoded weights in f32. If `ordered`, the rows of every matrix are in an order of their own.
+fn write_quantized(from: &Path, scheme: Scheme, ordered: bool, quantized: &Path, decoded: &Path) {
     let config = ModelConfig::from_dir(from).unwrap();
     let checkpoint = Checkpoint::open(from).unwrap();
     let mut writers = [quantized, decoded].map(|out| Writer::create(out).unwrap());
@@ -42,10 +42,14 @@ fn write_quantized(from: &Path, scheme: Scheme, quantized: &Path, decoded: &Path
             }
             continue;
         }
-        let matrix = QuantizedMatrix::encode(scheme, &values, n, k).unwrap();
-        let values = HostTensor::from_f32(&[n, k], &matrix.decode().unwrap()).unwrap();
-        writers[0].matrix(name, &matrix).unwrap();
-        writers[1].host_tensor(&stored, &values).unwrap();
+        let order = |row: usize| if ordered { (k - 1 - row + name.len()) % k } else { row };
+        let order = InputOrder::new((0..k).map(|row| order(row) as u32).collect()).unwrap();
+        let mut sorted = values.clone();
+        values.chunks(k).zip(sorted.chunks_mut(k)).for_each(|(row, sorted)| order.gather(row, sorted));
+        let matrix = QuantizedMatrix::encode(scheme, &sorted, n, k).unwrap();
+        writers[0].matrix(name, &matrix, ordered.then_some(&order)).unwrap();
+        let weight = Weight::quantized(matrix).unwrap().with_input_order(order).unwrap();
+        writers[1].host_tensor(&stored, &HostTensor::from_f32(&[n, k], &weight.to_f32().unwrap()).unwrap()).unwrap();
     }
     for vector in config.vector_tensors() {
         let values = checkpoint.vector(&vector.name, vector.len).unwrap();
@@ -88,7 +92,7 @@ fn check(folder: &str) {
         let quantized = temporary.path().join("quantized");
         let decoded = temporary.path().join("decoded");
         let scheme = Scheme::with_default_group(format);
-        write_quantized(&dir, scheme, &quantized, &decoded);
+        write_quantized(&dir, scheme, false, &quantized, &decoded);
         let expected = logits(&oracle, &decoded, &golden.tokens);
         let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         let found = logits(&oracle, &quantized, &golden.tokens);
@@ -99,6 +103,27 @@ fn check(folder: &str) {
         assert!(error <= TOLERANCE, "{folder} {format}: {error:.2e}");
         // The weights did change.
         assert!(max_difference(&found, &golden.logits) > 1e-4 * scale, "{folder} {format}");
+    }
+}
+
+/// Embeddings, latent attention, experts and the head, each with its rows in an order of its own; those of the formats whose dense
+/// values, where an operation needs these, are f32.
+#[test]
+fn rows_in_orders_of_their_own() {
+    let cpu = Arc::new(Cpu::new(CpuOptions { exact: true, ..CpuOptions::default() }).unwrap());
+    for folder in ["glm4_moe_lite-base", "qwen3_moe-base"] {
+        let dir = golden_folder(folder);
+        let tokens = Golden::read(&dir.join("golden.safetensors")).tokens;
+        for format in [Format::Mxfp4, Format::Nvfp4] {
+            let temporary = tempfile::tempdir().unwrap();
+            let [quantized, decoded] = ["quantized", "decoded"].map(|name| temporary.path().join(name));
+            write_quantized(&dir, Scheme::with_default_group(format), true, &quantized, &decoded);
+            let expected = logits(&Arc::new(Oracle::new()), &decoded, &tokens);
+            let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let found = logits(&cpu, &quantized, &tokens);
+            let error = max_difference(&found, &expected) / scale;
+            assert!(error <= TOLERANCE, "{folder} {format}: {error:.2e}");
+        }
     }
 }
 

@@ -45,10 +45,11 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Waits and reads a U32 tensor.
     fn read_u32(&self, tensor: &Tensor<Self>) -> Result<Vec<u32>>;
 
-    /// Repacks a weight; called through [`crate::Linear::new`].
+    /// Repacks a weight; called through [`crate::Linear::new`]. Products read the channels of its `input_order`.
     fn prepare_weight(&self, weight: Weight) -> Result<Self::Weight>;
 
-    /// Repacks the experts of a layer; called through [`crate::ExpertStack::new`], which checks their shapes.
+    /// Repacks the experts of a layer; called through [`crate::ExpertStack::new`], which checks their shapes. Gate and up of an
+    /// expert have the same `input_order`, or none, and down has none.
     fn prepare_experts(&self, experts: Vec<ExpertWeights>) -> Result<Self::Experts>;
 
     /// What products of linear layers and experts with these weights are computed in.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use half::f16;
 use marlin_formats::{DType, QuantizedMatrix, ScaleKind};
 
 use crate::{ExpertWeights, HostTensor, OpError, Result, Weight, WeightData};
@@ -87,17 +88,34 @@ impl Weight {
         Ok(self)
     }
 
-    /// The weight without an order of its own. One that had it becomes dense: F16 where its scales are, as programs that
-    /// decode it into the type of its scales have it, otherwise F32.
+    /// The weight without an order of its own. One that had it becomes dense: F16 where its scales are F16 and all values within
+    /// its range, as programs that decode it into the type of its scales have it, otherwise F32.
+    ///
+    /// # Errors
+    /// A matrix that cannot be decoded.
     pub fn in_channel_order(self) -> Result<Self> {
         let WeightData::Quantized(matrix) = &self.data else { return Ok(self) };
         if self.input_order.is_none() {
             return Ok(self);
         }
-        let dtype = if matrix.scheme.format.scale_kind() == ScaleKind::F16 { DType::F16 } else { DType::F32 };
-        let dims = [self.out_features(), self.in_features()];
-        let values = HostTensor::from_f32_as(dtype, &dims, &self.to_f32()?)?;
+        let values = self.to_f32()?;
+        let halves = matrix.scheme.format.scale_kind() == ScaleKind::F16;
+        let fit = values.iter().all(|v| f16::from_f32(*v).is_finite());
+        let dtype = if halves && fit { DType::F16 } else { DType::F32 };
+        let values = HostTensor::from_f32_as(dtype, &[self.out_features(), self.in_features()], &values)?;
         Ok(Self { data: WeightData::Dense(values), bias: self.bias, input_order: None })
+    }
+
+    /// Refuses an order that [`Weight::with_input_order`] would not have set.
+    pub(crate) fn check_input_order(&self) -> Result<()> {
+        let Some(order) = &self.input_order else { return Ok(()) };
+        if !matches!(self.data, WeightData::Quantized(_)) {
+            return Err(OpError::value(OP, "input_order", format!("goes with {}", self.format_name())));
+        }
+        match order.0.len() == self.in_features() {
+            true => Ok(()),
+            false => Err(OpError::shape(OP, "input_order", &[order.0.len()], format!("[{}]", self.in_features()))),
+        }
     }
 
     /// `values [N, K]` of the matrix by channel.
@@ -160,9 +178,10 @@ fn with_columns(matrix: &QuantizedMatrix, order: &InputOrder) -> QuantizedMatrix
 impl ExpertWeights {
     /// The same expert as stacks have it: gate and up read their input in one order, and down the hidden vector as they
     /// write it, in an order that its own was folded into. Where that cannot be, weights become dense
-    /// ([`Weight::in_channel_order`]).
-    pub(crate) fn in_stack_order(self) -> Result<Self> {
+    /// ([`Weight::in_channel_order`]). The second value says whether inputs and the hidden vector are in the order of channels.
+    pub(crate) fn in_stack_order(self) -> Result<(Self, bool)> {
         let Self { mut gate, mut up, mut down } = self;
+        let mut moved = false;
         if gate.input_order != up.input_order {
             (gate, up) = (gate.in_channel_order()?, up.in_channel_order()?);
         }
@@ -170,12 +189,13 @@ impl ExpertWeights {
             match (gate.with_outputs(order)?, up.with_outputs(order)?) {
                 (Some(ordered_gate), Some(ordered_up)) => {
                     (gate, up) = (ordered_gate, ordered_up);
-                    down.input_order = None;
+                    (down.input_order, moved) = (None, true);
                 }
                 _ => down = down.in_channel_order()?,
             }
         }
-        Ok(Self { gate, up, down })
+        let channel_order = !moved && gate.input_order.is_none();
+        Ok((Self { gate, up, down }, channel_order))
     }
 }
 
@@ -313,6 +333,9 @@ mod tests {
             };
             let [found, expected] = [ExpertWeights { gate, up, down }, plain].map(|expert| {
                 let experts = ExpertStack::new(&oracle, vec![expert]).unwrap();
+                if rounded {
+                    assert_ne!(experts.format_name(), "int4_u4", "what became dense says so");
+                }
                 let mut out = oracle.zeros(DType::F32, &[2, hidden]).unwrap();
                 let (activation, residual) = (Activation::Silu, Residual::None);
                 let args = ExpertMlpArgs {
@@ -334,10 +357,26 @@ mod tests {
     }
 
     #[test]
-    fn what_orders_bind_is_refused_elsewhere() {
-        let weight = quantized(2, 64, Format::Int4U4).with_input_order(order(64)).unwrap();
-        let linear = Linear::new(&Oracle::new(), weight).unwrap();
-        let error = linear.check_channel_order("embedding", "table").unwrap_err().to_string();
-        assert_eq!(error, "embedding: `table` has its rows in an order of their own");
+    fn orders_that_do_not_fit_are_no_linear_layers() {
+        let refused = |weight: Weight| Linear::new(&Oracle::new(), weight).err().unwrap().to_string();
+        let short = Weight { input_order: Some(order(32)), ..quantized(2, 64, Format::Int4U4) };
+        assert_eq!(refused(short.clone()), "weight: `input_order` has shape [32], expected [64]");
+        let of_dense = Weight { input_order: Some(order(64)), ..dense(&quantized(2, 64, Format::Int4U4)) };
+        assert_eq!(refused(of_dense), "weight: `input_order` goes with F32");
+        let expert = ExpertWeights { gate: short.clone(), up: short, down: quantized(64, 2, Format::Int4U4) };
+        assert!(ExpertStack::new(&Oracle::new(), vec![expert]).is_err());
+    }
+
+    #[test]
+    fn values_beyond_f16_stay_f32() {
+        let mut matrix = match quantized(2, 64, Format::Int4U4).data {
+            WeightData::Quantized(matrix) => matrix,
+            _ => unreachable!(),
+        };
+        matrix.scales.fill(f16::from_f32(3e4).to_bits());
+        let weight = Weight::quantized(matrix).unwrap().with_input_order(order(64)).unwrap();
+        let dense = weight.clone().in_channel_order().unwrap();
+        assert_eq!(dense.format_name(), "F32");
+        assert_eq!(dense.to_f32().unwrap(), weight.to_f32().unwrap());
     }
 }

@@ -144,6 +144,7 @@ pub struct Linear<D: Device> {
 impl<D: Device> Linear<D> {
     /// Repacks `weight` into the device's layout.
     pub fn new(device: &D, weight: Weight) -> Result<Self> {
+        weight.check_input_order()?;
         Ok(Self {
             in_features: weight.in_features(),
             out_features: weight.out_features(),
@@ -165,7 +166,7 @@ impl<D: Device> Linear<D> {
         self.out_features
     }
 
-    /// Stored bytes of the weight (codes, scales, zeros, bias).
+    /// Stored bytes of the weight (codes, scales, zeros, order of the rows, bias).
     pub fn size_in_bytes(&self) -> usize {
         self.size_in_bytes
     }
@@ -207,6 +208,17 @@ pub struct ExpertWeights {
     pub down: Weight,
 }
 
+impl ExpertWeights {
+    /// Name, weight and `[out_features, in_features]` of gate, up and down in a stack of these widths.
+    fn projections(&self, hidden: usize, intermediate: usize) -> [(&'static str, &Weight, usize, usize); 3] {
+        [
+            ("gate", &self.gate, intermediate, hidden),
+            ("up", &self.up, intermediate, hidden),
+            ("down", &self.down, hidden, intermediate),
+        ]
+    }
+}
+
 /// One of an expert's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExpertProjection {
@@ -231,40 +243,37 @@ pub struct ExpertStack<D: Device> {
 }
 
 impl<D: Device> ExpertStack<D> {
-    /// Checks that the experts agree and repacks them.
+    /// Checks that the experts agree, brings their rows into a common order and repacks them.
     pub fn new(device: &D, experts: Vec<ExpertWeights>) -> Result<Self> {
         const OP: &str = "expert stack";
         let first = experts.first().ok_or_else(|| OpError::value(OP, "experts", "is empty: at least one is needed"))?;
         let (hidden, intermediate) = (first.gate.in_features(), first.gate.out_features());
-        let mut format_name = first.gate.format_name();
-        let mut costs = Vec::with_capacity(experts.len());
-        for (e, expert) in experts.iter().enumerate() {
-            let mut cost = [Cost::default(); 3];
-            for (i, (name, w, n, k)) in [
-                ("gate", &expert.gate, intermediate, hidden),
-                ("up", &expert.up, intermediate, hidden),
-                ("down", &expert.down, hidden, intermediate),
-            ]
-            .into_iter()
-            .enumerate()
-            {
+        let mut channel_order = true;
+        let mut stacked = Vec::with_capacity(experts.len());
+        for (e, expert) in experts.into_iter().enumerate() {
+            for (name, w, n, k) in expert.projections(hidden, intermediate) {
                 let found = [w.out_features(), w.in_features()];
                 if found != [n, k] {
                     let expected = format!("[{n}, {k}] (expert {e})");
                     return Err(OpError::shape(OP, name, &found, expected));
                 }
+                w.check_input_order()?;
+            }
+            let (expert, in_order) = expert.in_stack_order()?;
+            channel_order &= in_order;
+            stacked.push(expert);
+        }
+        let mut format_name = stacked[0].gate.format_name();
+        let mut costs = Vec::with_capacity(stacked.len());
+        for expert in &stacked {
+            costs.push(expert.projections(hidden, intermediate).map(|(_, w, n, k)| {
                 if w.format_name() != format_name {
                     format_name = "mixed";
                 }
-                cost[i] =
-                    Cost::default().add_weights(w.size_in_bytes()).add_flops(device.arithmetic(&w.data), 2 * n * k);
-            }
-            costs.push(cost);
+                Cost::default().add_weights(w.size_in_bytes()).add_flops(device.arithmetic(&w.data), 2 * n * k)
+            }));
         }
-        let ordered = |expert: &ExpertWeights| expert.gate.input_order.is_some() || expert.down.input_order.is_some();
-        let channel_order = !experts.iter().any(ordered);
-        let experts = experts.into_iter().map(ExpertWeights::in_stack_order).collect::<Result<_>>()?;
-        let data = device.prepare_experts(experts)?;
+        let data = device.prepare_experts(stacked)?;
         Ok(Self { hidden, intermediate, costs, format_name, channel_order, data })
     }
 

@@ -197,10 +197,7 @@ impl Conversion<'_> {
         match &weight.data {
             WeightData::Quantized(matrix) => {
                 self.schemes.insert(name.to_owned(), matrix.scheme);
-                self.writer.matrix(name, matrix)?;
-                if let Some(order) = &weight.input_order {
-                    self.writer.input_order(name, order)?;
-                }
+                self.writer.matrix(name, matrix, weight.input_order.as_ref())?;
             }
             WeightData::Exl3(_) => bail!("{name}: is EXL3, which a folder of other formats cannot hold"),
             WeightData::Grid(_) => bail!("{name}: has grid codes, which a native folder cannot hold"),

@@ -289,7 +289,7 @@ fn print_text(inspection: &Inspection) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use marlin_models::{QuantizationConfig, SynthOptions, Writer, synth};
-    use marlin_ops::WeightData;
+    use marlin_ops::{Weight, WeightData};
 
     use super::*;
 
@@ -325,13 +325,15 @@ mod tests {
         let mut bits: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         for module in config.linear_modules() {
             let (n, k) = (module.out_features, module.in_features);
-            match checkpoint.weight(&config.quantization, &module.name, n, k, false).unwrap().data {
+            let Weight { data, input_order, .. } =
+                checkpoint.weight(&config.quantization, &module.name, n, k, false).unwrap();
+            match data {
                 WeightData::Quantized(matrix) => {
                     let scheme = matrix.scheme;
                     let sums = bits.entry(format!("{} group {}", scheme.format.name(), scheme.group_size)).or_default();
                     sums.0 += scheme.bits_per_weight(k, n) * (n * k) as f64;
                     sums.1 += (n * k) as f64;
-                    writer.matrix(&module.name, &matrix).unwrap();
+                    writer.matrix(&module.name, &matrix, input_order.as_ref()).unwrap();
                     schemes.insert(module.name, scheme);
                 }
                 WeightData::Dense(values) => {

@@ -37,6 +37,15 @@ pub(super) fn run<B: Backend>(runner: &mut Runner<'_, B>) {
         runner.check(&LinearCase { m, storage: int4, residual: Add::InPlace, ..epilogue });
         runner.check(&LinearCase { m: m + 1, storage: int4, input: Input::One(f32::NAN), ..LINEAR });
     }
+    // Rows and columns that tensor cores take.
+    for m in [9, 130] {
+        runner.check(&LinearCase { m, k: 384, n: 96, storage: int4, ..LINEAR });
+        for other in [int4, ordered(FORMATS[0], 1)] {
+            runner.check(&GatedUpCase { m, k: 384, n: 96, gate: int4, up: other, norm: true, ..GATED_UP });
+            let weights = vec![(int4, 96), (other, 32), (int4, 64)];
+            runner.check(&ProjectionsCase { k: 384, weights, ..ProjectionsCase::new(m, int4) });
+        }
+    }
     for dtype in runner.half_dtypes() {
         for m in [1, 9, 40, 130] {
             runner.check(&LinearCase { m, k: 384, n: 96, storage: int4, dtypes: (dtype, dtype), ..LINEAR });

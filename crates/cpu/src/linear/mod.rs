@@ -204,8 +204,12 @@ impl Cpu {
     }
 
     /// Products of the same rows of `columns`.
-    fn project_rows(&self, x: &[f32], columns: usize, projections: &mut [Projection<'_, Self>]) -> Result<()> {
-        let rows = x.len() / columns.max(1);
+    fn project_rows(
+        &self,
+        x: &[f32],
+        [rows, columns]: [usize; 2],
+        projections: &mut [Projection<'_, Self>],
+    ) -> Result<()> {
         let mut x = self.activations(x, columns, &[], true);
         for projection in &*projections {
             self.prepare_activations(&mut x, &[projection.weight.data()], true);
@@ -217,7 +221,6 @@ impl Cpu {
         for Projection { weight, out } in projections {
             let weight = weight.data();
             let layer = Layer { weight, activation: Activation::None, scale: 1.0 };
-            let rows = out.rows();
             let out = f32s_mut("projections", "out", out)?;
             self.fill(Shape::of(&weight, rows), Addend::None, out, |tiles, rows, panels, acc| {
                 self.linear_tiles(&layer, tiles, &x, rows, panels, acc);
@@ -394,7 +397,7 @@ impl Cpu {
         acc: &mut [Line<f32>],
     ) {
         let count = rows.len();
-        if gated.gate.pairs_with(gated.up) {
+        if std::ptr::eq(x, x_up) && gated.gate.pairs_with(gated.up) {
             let tile = tiles.start;
             self.multiply_tiles(&[(gated.gate, tile), (gated.up, tile)], x, rows, panels, acc);
         } else {
@@ -679,7 +682,7 @@ impl LinearOps for Cpu {
             args.projections.chunk_by_mut(|a, b| a.weight.data().input_order == b.weight.data().input_order)
         {
             let ordered = self.ordered_rows(x, projections[0].weight.data().input_order.as_ref());
-            self.project_rows(ordered.as_deref().unwrap_or(x), args.x.columns(), projections)?;
+            self.project_rows(ordered.as_deref().unwrap_or(x), [args.x.rows(), args.x.columns()], projections)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ mod header;
 mod rotated;
 mod weights;
 
-pub(crate) use weights::{INPUT_ORDER, NATIVE_TENSORS, group_dtype};
+pub(crate) use weights::{NATIVE_TENSORS, group_dtype};
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};

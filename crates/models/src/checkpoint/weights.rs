@@ -69,7 +69,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A missing tensor, another shape or dtype, NaN or infinity, a scheme that `quantization_config` does not give or
-    /// that the stored scales contradict: each names the file and the tensor.
+    /// that the stored scales contradict, an order of rows that is no permutation: each names the file and the tensor.
     pub fn weight(
         &self,
         quantization: &QuantizationConfig,
@@ -242,14 +242,13 @@ impl Checkpoint {
         };
         let weight = Weight::quantized(matrix).map_err(ModelError::tensor(entry.file.path(), module))?;
         let order_name = format!("{module}.mm.{INPUT_ORDER}");
-        let weight = match self.tensors.contains_key(&order_name) {
-            false => weight,
-            true => {
-                let path = self.entry(&order_name)?.file.path();
-                let channels = self.native(module, INPUT_ORDER, &[DType::U32], &[in_features], part)?;
-                let order = channels.to_u32().and_then(InputOrder::new);
-                order.and_then(|order| weight.with_input_order(order)).map_err(ModelError::tensor(path, &order_name))?
-            }
+        let weight = if self.contains(&order_name) {
+            let channels = self.native(module, INPUT_ORDER, &[DType::U32], &[in_features], part)?;
+            let order = channels.to_u32().and_then(InputOrder::new);
+            let path = self.entry(&order_name)?.file.path();
+            order.and_then(|order| weight.with_input_order(order)).map_err(ModelError::tensor(path, &order_name))?
+        } else {
+            weight
         };
         self.release_native(module, part)?;
         Ok(weight)

@@ -6,8 +6,8 @@
 //! `float-quantized`, `naive-quantized` and `mxfp8-quantized`: `weight` F8_E4M3. The tensors tell which; the config gives
 //! the width of packed codes.
 //!
-//! Everything but modules in activation order and scales that no native form holds exactly stays in codes; those become
-//! dense values in the scales' dtype.
+//! Everything but scales that no native form holds exactly, and groups of uneven lengths, stays in codes; those become dense
+//! values in the scales' dtype.
 
 use marlin_formats::DType;
 use marlin_ops::Weight;

@@ -208,7 +208,7 @@ fn every_format_reads_back_as_written() {
         };
         let config = QuantizationConfig::new(scheme, Default::default(), &["lm_head".into()]).unwrap();
         let mut writer = Writer::create(&out).unwrap();
-        writer.matrix("m.proj", &matrix).unwrap();
+        writer.matrix("m.proj", &matrix, None).unwrap();
         writer.finish(&json!({"quantization_config": config.to_json()})).unwrap();
 
         let text = fs::read(out.join("config.json")).unwrap();

@@ -119,34 +119,75 @@ fn gptq() {
     );
 }
 
+/// Format and order of a weight `[16, k]` of these codes, `[k]` a row, whose values are checked: `(code - middle)` times the scale
+/// of the channel's group.
+fn grouped(
+    config: &Value,
+    tensors: &[Stored],
+    code: impl Fn(usize, usize) -> i32,
+    groups: &[i32],
+) -> (&'static str, Option<Vec<u32>>) {
+    let weight = read(config, tensors, 16, groups.len()).unwrap();
+    for (at, value) in weight.to_f32().unwrap().into_iter().enumerate() {
+        let (n, k) = (at / groups.len(), at % groups.len());
+        assert_eq!(value, code(n, k) as f32 * SCALES[groups[k] as usize], "{n} {k}");
+    }
+    (weight.format_name(), weight.input_order.map(|order| order.channels().to_vec()))
+}
+
+const SCALES: [f32; 2] = [1.0 / 16.0, 0.25];
+
+/// The bits of [`SCALES`], each `count` times.
+fn scales(count: usize) -> Vec<u8> {
+    [halves(count, 0x2C00), halves(count, 0x3400)].concat()
+}
+
 /// Channels of a group need not be neighbours, but groups of other lengths than the config says have no native form.
 #[test]
 fn groups_of_gptq() {
-    let config = json!({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}});
-    let index =
-        |groups: &dyn Fn(i32) -> i32| tensor("g_idx", "I32", &[64], words(&(0..64).map(groups).collect::<Vec<_>>()));
-    let columns = |first: u16, second: u16| [halves(16, first), halves(16, second)].concat();
-    let codes: Vec<i32> = (0..8 * 16).map(|at| (at * 0x1234_5677) ^ 0x0765_4321).collect();
-    let weight = |groups: &dyn Fn(i32) -> i32| {
-        let valid = [
-            tensor("qweight", "I32", &[8, 16], words(&codes)),
-            tensor("qzeros", "I32", &[2, 2], vec![0x77; 16]),
-            tensor("scales", "F16", &[2, 16], columns(0x2C00, 0x3400)),
-            index(groups),
-        ];
-        let weight = read(&config, &valid, 16, 64).unwrap();
-        let scales = [1.0 / 16.0, 0.25];
-        for (at, value) in weight.to_f32().unwrap().into_iter().enumerate() {
-            let (n, k) = (at / 64, at % 64);
-            let code = codes[k / 8 * 16 + n] >> (4 * (k % 8)) & 15;
-            assert_eq!(value, (code - 8) as f32 * scales[groups(k as i32) as usize], "{n} {k}");
-        }
-        (weight.format_name(), weight.input_order.map(|order| order.channels().to_vec()))
-    };
-    assert_eq!(weight(&|k| k / 32), ("int4_s4", None));
-    let alternating: Vec<u32> = (0..64).step_by(2).chain((1..64).step_by(2)).collect();
-    assert_eq!(weight(&|k| k % 2), ("int4_s4", Some(alternating)));
-    assert_eq!(weight(&|k| i32::from(k > 32)), ("F16", None));
+    for (bits, zeros, format) in [(4, 0x77, "int4_s4"), (8, 0x7F, "int8")] {
+        let per_word = 32 / bits;
+        let config = json!({"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": 64}});
+        let weight = |group: &dyn Fn(usize) -> i32| {
+            let groups: Vec<i32> = (0..96).map(group).collect();
+            let rows = 96 / per_word;
+            let codes: Vec<i32> = (0..rows as i32 * 16).map(|at| at.wrapping_mul(0x1234_5677) ^ 0x0765_4321).collect();
+            let stored = [
+                tensor("qweight", "I32", &[rows, 16], words(&codes)),
+                tensor("qzeros", "I32", &[2, 16 / per_word], vec![zeros; 8 * 16 / per_word]),
+                tensor("scales", "F16", &[2, 16], scales(16)),
+                tensor("g_idx", "I32", &[96], words(&groups)),
+            ];
+            let field =
+                |n: usize, k: usize| codes[k / per_word * 16 + n] >> (bits * (k % per_word)) & ((1 << bits) - 1);
+            grouped(&config, &stored, |n, k| field(n, k) - (1 << (bits - 1)), &groups)
+        };
+        assert_eq!(weight(&|k| (k / 64) as i32), (format, None));
+        // Two of three channels in the first group; the last one is shorter.
+        let of_group = |last: bool| (0..96u32).filter(move |k| (k % 3 == 2) == last);
+        let sorted: Vec<u32> = of_group(false).chain(of_group(true)).collect();
+        assert_eq!(weight(&|k| i32::from(k % 3 == 2)), (format, Some(sorted)));
+        assert_eq!(weight(&|k| i32::from(k > 64)), ("F16", None));
+    }
+}
+
+#[test]
+fn groups_of_compressed_tensors() {
+    let arguments = json!({"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32});
+    let group = json!({"targets": ["Linear"], "weights": arguments, "format": "pack-quantized"});
+    let config = json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": group}}});
+    let codes: Vec<i32> = (0..16 * 8i32).map(|at| at.wrapping_mul(0x1234_5677) ^ 0x0765_4321).collect();
+    let groups: Vec<i32> = (0..64).map(|k| 1 - k % 2).collect();
+    let stored = [
+        tensor("weight_packed", "I32", &[16, 8], words(&codes)),
+        tensor("weight_scale", "F16", &[16, 2], (0..16).flat_map(|_| scales(1)).collect()),
+        tensor("weight_shape", "I64", &[2], [16i64, 64].iter().flat_map(|v| v.to_le_bytes()).collect()),
+        tensor("weight_g_idx", "I32", &[64], words(&groups)),
+    ];
+    let code = |n: usize, k: usize| (codes[n * 8 + k / 8] >> (4 * (k % 8)) & 15) - 8;
+    let sorted: Vec<u32> = (1..64).step_by(2).chain((0..64).step_by(2)).collect();
+    assert_eq!(grouped(&config, &stored, code, &groups), ("int4_s4", Some(sorted)));
 }
 
 #[test]

@@ -91,7 +91,7 @@ fn quantized(format: Format, damage: impl Fn(&mut QuantizedMatrix), check: impl 
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model");
     let mut writer = Writer::create(&out).unwrap();
-    writer.matrix("m", &matrix).unwrap();
+    writer.matrix("m", &matrix, None).unwrap();
     writer.finish(&json!({})).unwrap();
     let config = QuantizationConfig::new(scheme, Default::default(), &[r"re:x\.".into()]).unwrap();
     check(&Checkpoint::open(&out).unwrap(), &config);
@@ -166,7 +166,7 @@ fn damaged_orders_of_rows() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("model");
         let mut writer = Writer::create(&out).unwrap();
-        writer.matrix("m", &matrix).unwrap();
+        writer.matrix("m", &matrix, None).unwrap();
         writer.tensor("m.mm.o", dtype, &[order.len()], &bytes(&order)).unwrap();
         writer.finish(&json!({})).unwrap();
         let config = QuantizationConfig::new(scheme, Default::default(), &[]).unwrap();

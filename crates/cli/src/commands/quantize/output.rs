@@ -87,7 +87,7 @@ impl Output {
         }
         for (module, weight) in &part.weights {
             match weight {
-                QuantizedWeight::Grouped(matrix) => self.writer.matrix(module, matrix)?,
+                QuantizedWeight::Grouped(matrix) => self.writer.matrix(module, matrix, None)?,
                 QuantizedWeight::Exl3(matrix) => {
                     for (name, tensor) in exl3_tensors(matrix)? {
                         self.tensor(&format!("{module}.{name}"), &tensor)?;
