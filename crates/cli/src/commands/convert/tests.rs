@@ -59,7 +59,7 @@ fn native_folders_hold_the_same_weights() {
         std::fs::remove_dir_all(&again).unwrap();
         count += 1;
     }
-    assert_eq!(count, 8);
+    assert_eq!(count, 9);
 }
 
 #[test]
